@@ -1,0 +1,29 @@
+# Two commands on a fresh machine: make demo, make test. Both need Python >= 3.11 and make, nothing else.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint results bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or 3.12; set PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(STAMP)  ## train on images in a few minutes and show what was learned
+	$(BIN)/python tools/demo.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+results: $(STAMP)  ## the runs behind docs/results.md; needs ../shared/data, about 25 minutes
+	$(BIN)/python -m tools.results
+
+clean:
+	rm -rf .venv build *.egg-info runs demo-data

@@ -1,0 +1,55 @@
+"""Self-supervised pretraining of encoders for images, speech and text."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mmssl.model.register import when_transformers_loads
+
+if TYPE_CHECKING:
+    from mmssl.config import Recipe
+    from mmssl.evaluate.probe import embed, probe
+    from mmssl.hub.export import export, load_encoder
+    from mmssl.methods import Method
+    from mmssl.model.configuration import MmsslConfig
+    from mmssl.model.modeling import MmsslModel
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "mmssl.config",
+    "Method": "mmssl.methods",
+    "MmsslConfig": "mmssl.model.configuration",
+    "MmsslModel": "mmssl.model.modeling",
+    "load_encoder": "mmssl.hub.export",
+    "export": "mmssl.hub.export",
+    "probe": "mmssl.evaluate.probe",
+    "embed": "mmssl.evaluate.probe",
+}
+
+__all__ = ["Method", "MmsslConfig", "MmsslModel", "Recipe", "embed", "export", "load_encoder", "pretrain", "probe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mmssl' has no attribute {name!r}")
+
+
+def pretrain(recipe: Any, **overrides: Any):
+    """Train an encoder.
+
+    Args:
+        recipe: a YAML file, the name of a shipped recipe, or a `Recipe`.
+        overrides: recipe keys with `__` for the dot (`optim__lr=1e-3`), and `overwrite=True` or `resume=True`.
+    Returns: the run folder (a Path); `model/` in it is the encoder.
+    """
+    from mmssl.config import Recipe
+    from mmssl.training.pretrain import pretrain as run
+
+    how = {name: overrides.pop(name) for name in ("overwrite", "resume") if name in overrides}
+    return run(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, **overrides), **how)
+
+
+when_transformers_loads()

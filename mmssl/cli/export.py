@@ -1,0 +1,23 @@
+"""write the encoder of a run as a model folder
+
+mmssl export RUN to=FOLDER takes the newest complete checkpoint. Without `which`, the network that the method's paper uses
+downstream is written. The folder loads with AutoModel in an environment that has torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from mmssl.cli.options import parse
+
+OPTIONS = {
+    "to": (str, None, "folder to write; RUN/model if unset"),
+    "which": (("student", "teacher"), None, "network to write"),
+}
+
+
+def run(arguments: list[str]) -> int:
+    """`mmssl export RUN`."""
+    given = parse(arguments, ("RUN",), OPTIONS)
+    from mmssl.hub.export import export
+
+    print(export(given["run"], given["to"], given["which"]))
+    return 0

@@ -1,0 +1,60 @@
+"""how a run stands: mmssl status RUN
+
+Exit status: 0 finished, 75 resumable (preempted or killed, with a complete checkpoint), 1 failed, 3 still running.
+A run on another host counts as killed once it has written nothing for 15 minutes. Files of checkpoints are compared by
+size here; `mmssl resume` reads and verifies them.
+"""
+
+from __future__ import annotations
+
+import json
+
+from mmssl.cli.options import parse
+from mmssl.training import checkpoint
+from mmssl.training.run_folder import RunFolder
+
+OPTIONS = {"json": (bool, False, "print JSON")}
+EXIT = {"finished": 0, "resumable": 75, "failed": 1, "running": 3}
+
+
+def run(arguments: list[str]) -> int:
+    """`mmssl status RUN`."""
+    given = parse(arguments, ("RUN",), OPTIONS)
+    folder = RunFolder.open(given["run"])
+    status = folder.read_status()
+    newest = checkpoint.find(folder.checkpoints, hashes=False)[0]
+    verdict = judge(status["state"], folder.is_alive(), newest is not None)
+    facts = {
+        "run": given["run"],
+        "verdict": verdict,
+        **{name: status.get(name) for name in ("state", "step", "steps", "error")},
+        "checkpoint": None if newest is None else checkpoint.step_of(newest),
+        "metrics": folder.last_metrics(),
+        "seconds_since_write": round(folder.silence(), 1),
+    }
+    print(json.dumps(facts) if given["json"] else _text(facts))
+    return EXIT[verdict]
+
+
+def judge(state: str, alive: bool, checkpoint: bool) -> str:
+    """Finished, resumable, failed or running. A run that says `running` without a process was killed."""
+    if state in ("finished", "failed"):
+        return state
+    return "running" if alive else "resumable" if checkpoint else "failed"
+
+
+def _text(facts: dict) -> str:
+    state, verdict = facts["state"], facts["verdict"]
+    state = "killed" if state == "running" != verdict else state
+    resume = f"mmssl resume {facts['run']}" if verdict in ("resumable", "failed") and facts["checkpoint"] is not None else None
+    metrics = "  ".join(f"{name} {value:.6g}" for name, value in facts["metrics"].items() if isinstance(value, (int, float)))
+    lines = {
+        "state": state if state == verdict else f"{state}, {verdict}",
+        "step": f"{facts['step']} of {facts['steps'] or 'an unknown number'}",
+        "metrics": metrics or "none yet",
+        "last write": f"{facts['seconds_since_write']:.0f} s ago",
+        "checkpoint": "none" if facts["checkpoint"] is None else f"step {facts['checkpoint']}",
+        "error": facts["error"],
+        "continue": resume,
+    }
+    return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)

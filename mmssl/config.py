@@ -1,0 +1,424 @@
+"""The checked recipe: one YAML file, seven blocks, every error at once and each with its mend."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from mmssl.errors import RecipeError
+from mmssl.registry import Modality, modality
+from mmssl.schedules import Schedule
+
+if TYPE_CHECKING:
+    from mmssl.methods.method import Method
+    from mmssl.model.configuration import MmsslConfig
+
+MAX_BYTES, MAX_DEPTH = 1_000_000, 32
+
+
+class Options(BaseModel):
+    """A block of the recipe. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataOptions(Options):
+    """What to learn from."""
+
+    path: str | None = Field(None, description="Folder, table (parquet, csv, jsonl) or Hub data set id.")
+    modality: str = Field(description="Kind of data; `mmssl list modalities` shows them.")
+    split: str = Field("train", description="Sub-folder, file prefix or Hub split to train on.")
+    column: str | None = Field(None, description="Column that holds the data; found by name if unset.")
+    label: str | None = Field(None, description="Column of class labels for probes only; found by name if unset.")
+    root: str | None = Field(None, description="Folder that names in a table are relative to; the table's own if unset.")
+    config: str | None = Field(None, description="Configuration name of a Hub data set.")
+    revision: str | None = Field(None, description="Commit of a Hub data set.")
+    streaming: bool = Field(False, description="Read a table or Hub data set without downloading it whole.")
+    readers: int = Field(8, ge=1, description="Independent readers of a stream for each rank; a multiple of `workers`.")
+    block: int = Field(1024, ge=1, description="Rows of a stream that are shuffled together.")
+    limit: int | None = Field(None, ge=1, description="Use only this many samples, spread evenly.")
+    workers: int = Field(2, ge=0, description="Processes for each rank that decode and augment.")
+    max_bad: float = Field(0.001, ge=0, le=1, description="Share of unreadable samples above which the run stops.")
+    min_bad: int = Field(100, ge=0, description="Unreadable samples that are always tolerated; 0 with max_bad=0 is strict.")
+
+
+class OptimOptions(Options):
+    """How weights change."""
+
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    decay: Literal["matrices", "all"] = Field("matrices", description="What weight decay reaches.")
+    warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
+    clip: float = Field(0.0, ge=0, description="Largest global gradient norm; 0 = no clipping.")
+
+
+class TrainOptions(Options):
+    """How long, how much at once, in which precision."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer updates.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data, instead of steps.")
+    global_batch: int = Field(256, ge=1, description="Samples of one update, over all ranks and micro-batches.")
+    micro_batch: int | None = Field(None, ge=1, description="Samples on a device at once; all of a rank's share if unset.")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast: weights stay fp32.")
+    device: Literal["auto", "cpu"] = "auto"
+    compile: bool = Field(False, description="torch.compile on each transformer block.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; torch's default if unset.")
+    log_every: int = Field(10, ge=1, description="Updates between lines of metrics.jsonl.")
+    max_skips: int = Field(3, ge=0, description="Non-finite updates in a row after which the run stops.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class WatchOptions(Options):
+    """Whether it works: probes on held-out data, if there are labels."""
+
+    every: int = Field(500, ge=0, description="Updates between probes; 0 = only at the end.")
+    path: str | None = Field(None, description="Labelled data for the probes; data.path if unset.")
+    train: str = Field("train", description="Split whose samples are the memory of the probes.")
+    test: str = Field("test", description="Split that is classified; a tenth of `train` is held out if it does not exist.")
+    samples: int = Field(5000, ge=20, description="At most this many samples of each split.")
+    neighbours: int = Field(20, ge=1)
+    linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
+
+
+class SaveOptions(Options):
+    """What stays on disk."""
+
+    every: int = Field(1000, ge=1, description="Updates between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+
+
+def _block(kind: type[Options]) -> Any:
+    return Field(default_factory=kind)
+
+
+class Recipe(Options):
+    """A whole run. `model`, `method` and `views` take the options of the chosen method and modality."""
+
+    out: str | None = Field(None, description="Run folder; runs/NAME if unset.")
+    data: DataOptions
+    model: Options
+    method: Options
+    views: Options
+    optim: OptimOptions = _block(OptimOptions)
+    train: TrainOptions = _block(TrainOptions)
+    watch: WatchOptions = _block(WatchOptions)
+    save: SaveOptions = _block(SaveOptions)
+
+    @model_validator(mode="after")
+    def _length(self) -> Recipe:
+        if (self.train.steps is None) == (self.train.epochs is None):
+            raise ValueError("train: give either steps or epochs")
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError("train.steps: a stream has no known length, give the number of updates instead of epochs")
+        if self.data.streaming and self.data.workers and self.data.readers % self.data.workers:
+            raise ValueError("data.readers: must be a multiple of data.workers")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str, **more: Any) -> Recipe:
+        """Read and check a recipe.
+
+        Args:
+            path: a YAML file, or the name of a shipped recipe such as `vision/data2vec2-demo`.
+            overrides: `key.sub=value`, the value in YAML.
+            more: the same as keywords, with `__` for the dot.
+        Raises: RecipeError with all errors, each with key, finding and mend.
+        """
+        file = find_recipe(path)
+        raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
+        for text in (*overrides, *(f"{name.replace('__', '.')}={dump_value(value)}" for name, value in more.items())):
+            apply_override(raw, text)
+        return cls.check(raw, str(path))
+
+    @classmethod
+    def check(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Validate a plain dict. Raises: RecipeError."""
+        from mmssl.methods import METHODS
+
+        if isinstance(raw.get("data"), str):
+            raw["data"] = {"path": raw["data"]}
+        problems = []
+        name = _sub(raw, "method", "name")
+        if name not in METHODS:
+            problems.append(
+                f"method.name: found {name!r}, known methods are {', '.join(sorted(METHODS))}" + nearest(name, METHODS)
+            )
+        kind = _sub(raw, "data", "modality")
+        try:
+            found = modality(kind) if kind else None
+        except RecipeError as error:
+            problems.append(str(error))
+            found = None
+        if kind is None:
+            problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
+        chosen = recipe_class(name if name in METHODS else None, found.name if found else None)
+        try:
+            recipe = chosen.model_validate(raw)
+        except ValidationError as error:
+            problems += [explain(issue, chosen) for issue in error.errors()]
+            recipe = None
+        if not problems and recipe is not None:
+            problems += recipe.conflicts()
+        if problems or recipe is None:
+            listing = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+            raise RecipeError(f"{where} has {len(set(problems))} error{'s' * (len(set(problems)) > 1)}:\n{listing}")
+        return recipe
+
+    def conflicts(self) -> list[str]:
+        """Combinations that cannot work, found by building model and views without memory."""
+        import torch
+
+        with torch.device("meta"):
+            for block, build in (("model", self._encoder), ("views", self.build_views), ("method", self.build)):
+                try:
+                    build()
+                except ValueError as error:
+                    return [f"{block}.{error}" if not str(error).startswith(block) else str(error)]
+        return []
+
+    def config(self) -> MmsslConfig:
+        """The configuration of the encoder that this recipe trains."""
+        from mmssl.model.configuration import MmsslConfig
+
+        return MmsslConfig(modality=self.data.modality, **self.model.model_dump(exclude={"init"}))
+
+    def _encoder(self) -> Any:
+        from mmssl.model.encoder import Encoder
+
+        return Encoder.from_config(self.config())
+
+    def build_views(self) -> Any:
+        """The view maker of the modality."""
+        kind = modality(self.data.modality)
+        with_features = kind.features(**_known(kind.features, self.config().to_dict() | {"dim": self.config().hidden_size}))
+        return kind.views(with_features, **{name: getattr(self.views, name) for name in type(self.views).model_fields})
+
+    def build(self) -> Method:
+        """The trainable module, without probes. Weights depend on `train.seed` alone; works under `torch.device("meta")`."""
+        import torch
+
+        from mmssl.methods import METHODS
+        from mmssl.random import key
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(self.train.seed, "init"))
+            options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "name"}
+            return METHODS[self.method.name](self._encoder(), **options)  # type: ignore[attr-defined]
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _sub(raw: dict[str, Any], block: str, name: str) -> Any:
+    inner = raw.get(block)
+    return inner.get(name) if isinstance(inner, dict) else None
+
+
+def _known(target: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those values that `target` takes."""
+    return {name: values[name] for name in inspect.signature(target).parameters if name in values}
+
+
+def options_of(target: Callable[..., Any], *skip: str) -> dict[str, tuple[Any, Any]]:
+    """Fields of a pydantic model, read from a constructor's signature: name -> (type, default)."""
+    init = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(init)
+    fields = {}
+    for name, parameter in list(inspect.signature(target).parameters.items()):
+        if name in skip:
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        kind = hints.get(name, Any)
+        fields[name] = (kind | float if kind is Schedule else kind, default)  # a plain number is a constant schedule
+    return fields
+
+
+class _ScheduleOptions(Options):
+    @field_validator("*", mode="after")
+    @classmethod
+    def _constant(cls, value: Any, info: Any) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, float) and Schedule in typing.get_args(kind):
+            return Schedule(value, value)
+        return value
+
+
+class _Unchecked(Options):
+    model_config = ConfigDict(extra="allow")
+
+
+def _model(name: str, base: type[BaseModel], fields: dict[str, Any]) -> Any:
+    return create_model(name, __base__=base, **fields)
+
+
+@cache
+def recipe_class(method: str | None, kind: str | None) -> type[Recipe]:
+    """The recipe with the options of that method and modality; unchecked blocks where one is unknown."""
+    from mmssl.methods import METHODS
+    from mmssl.model.configuration import MmsslConfig
+
+    blocks: dict[str, Any] = {"model": (_Unchecked, ...), "method": (_Unchecked, ...), "views": (_Unchecked, ...)}
+    if method is not None:
+        fields = options_of(METHODS[method], "encoder")
+        blocks["method"] = (_model("Method", _ScheduleOptions, {"name": (Literal[method], method), **fields}), ...)
+    if kind is not None:
+        found: Modality = modality(kind)
+        core = options_of(MmsslConfig, "modality", "kwargs")
+        start = Field(None, description="Folder of a model of the same shape whose weights to start from.")
+        fields = {"init": (str | None, start), **core, **options_of(found.features, "dim")}
+        blocks["model"] = (_model("Model", Options, fields), ...)
+        views = _model("Views", Options, options_of(found.views, "features"))
+        blocks["views"] = (views, Field(default_factory=dict, validate_default=True))
+    return _model("Recipe", Recipe, blocks)
+
+
+# Reading and errors -------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, with `1e-3` a number, and duplicate keys an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for name, _ in node.value:
+            if name.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name.value!r} is given twice", name.start_mark)
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML by the safe loader. Raises: RecipeError naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe file as a dict. Raises: RecipeError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError(f"{path} is larger than {MAX_BYTES} bytes; a recipe fits one screen.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} holds {type(raw).__name__}, expected the blocks data, model, method, views, optim, train, watch."
+        )
+    return raw
+
+
+def recipe_root() -> Path:
+    """The folder of the shipped recipes."""
+    return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes, as `find_recipe` takes them."""
+    root = recipe_root()
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name != "accelerate")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe given by path or by shipped name. Raises: RecipeError with the nearest names."""
+    path = Path(name)
+    shipped = recipe_root() / path.with_suffix(".yaml")
+    for candidate in (path, shipped, recipe_root().parent / path):
+        if candidate.is_file():
+            return candidate
+    names = shipped_recipes()
+    raise RecipeError(
+        f"{name}: no such recipe file, and no shipped recipe of that name{nearest(str(name), names)}. "
+        f"Shipped: {', '.join(names)}."
+    )
+
+
+def dump_value(value: Any) -> str:
+    """A Python value as a one-line YAML value."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+
+
+ALIASES = {"method": "method.name", "data": "data.path", "model": "model.init"}
+
+
+def apply_override(raw: dict[str, Any], text: str) -> None:
+    """Set `key.sub=value` in a raw recipe. Raises: RecipeError."""
+    name, equals, value = text.partition("=")
+    name = ALIASES.get(name, name)
+    if not equals or not name:
+        raise RecipeError(f"{text!r} is not understood: overrides are key.sub=value, for example optim.lr=1e-3.")
+    if isinstance(raw.get("data"), str):
+        raw["data"] = {"path": raw["data"]}
+    *blocks, leaf = name.split(".")
+    target = raw
+    for block in blocks:
+        inner = target.setdefault(block, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{name}: {block} is {inner!r} in the recipe, it has no key {leaf!r}.")
+        target = inner
+    target[leaf] = parse_yaml(value, name) if value else None
+
+
+def nearest(found: Any, names: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' or ''."""
+    close = difflib.get_close_matches(str(found), list(names), 1, 0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> Iterator[str]:
+    for step in location:
+        field = getattr(model, "model_fields", {}).get(step)
+        if field is None:
+            return
+        model = field.annotation
+    yield from getattr(model, "model_fields", {})
+
+
+def explain(issue: Any, model: type[BaseModel]) -> str:
+    """One line for one pydantic error: key, finding, what is allowed, the nearest valid name."""
+    location = tuple(
+        part for part in issue["loc"] if isinstance(part, int) or not str(part).startswith(("function-", "Schedule", "float"))
+    )
+    where = ".".join(str(part) for part in location) or "recipe"
+    kind, message = issue["type"], issue["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        names = list(_fields_at(model, location[:-1]))
+        return f"{where}: unknown key{nearest(location[-1], names)}" + (f"; allowed are {', '.join(names)}" if names else "")
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind == "value_error":
+        return message if where == "recipe" else f"{where}: {message}"
+    return f"{where}: found {issue['input']!r}; {message[0].lower()}{message[1:]}"

@@ -1,0 +1,1 @@
+"""Whether an encoder is good: features, k-NN, linear classifiers, collapse."""

@@ -1,0 +1,136 @@
+"""Embeddings of a labelled set, on one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmssl import random
+from mmssl.config import DataOptions, WatchOptions
+from mmssl.data.sources import Source, open_source, splits
+from mmssl.distributed import gather_rows, rank, world
+from mmssl.errors import DataError
+from mmssl.registry import Modality
+from mmssl.types import Batch, Rejected
+
+CACHE_BYTES = 256 << 20  # decoded evaluation sets up to this size stay in memory
+
+
+class PlainSet(Dataset):
+    """Samples without augmentation. In place of an unreadable one stands a later one, marked as not valid."""
+
+    def __init__(self, source: Source, kind: Modality, views: Any, indices: list[int]):
+        self.source, self.kind, self.views, self.indices = source, kind, views, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        for attempt in range(100):
+            index = self.indices[(position + attempt) % len(self.indices)]
+            try:
+                sample = self.kind.decode(self.source.value(index))
+            except Rejected as error:
+                reason = f"{self.source.identity(index)}: {error}"
+                continue
+            label = self.source.label_at(index)
+            return {
+                "view": self.views.plain([sample]),
+                "raw": self.kind.raw(sample),
+                "index": index,
+                "label": label,
+                "valid": not attempt,
+            }
+        raise DataError(f"The probes find no readable sample; the last one tried was {reason}.")
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Flat tensors of a batch, with `raw` (B, n), `label` and `valid` (B,)."""
+    views = [sample["view"] for sample in samples]
+    pads = None if views[0].pad is None else torch.cat([view.pad for view in views])
+    view = views[0]._replace(x=torch.cat([view.x for view in views]), pad=pads)
+    rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "valid")}
+    flat = Batch([view], torch.tensor([sample["index"] for sample in samples])).tensors()
+    return flat | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
+
+
+class Sets(NamedTuple):
+    """What the probes look at. `test` is None without labels."""
+
+    train: Loaded
+    test: Loaded | None
+    classes: int
+    name: str  # of the set that is classified, as in the metric's name
+
+
+class Loaded:
+    """One set as batches of this rank's share; kept in memory if it is small."""
+
+    def __init__(self, data: PlainSet, batch: int, workers: int):
+        self.data, self.batch, self.workers = data, batch, workers
+        self.kept: list[dict[str, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        # Every rank makes the same number of equal batches: the indices are padded by repeating the last.
+        n = len(self.data)
+        chunk = self.batch * world()
+        order = [min(i, n - 1) for i in range(-(-n // chunk) * chunk)]
+        mine = [order[start + rank() : start + chunk : world()] for start in range(0, len(order), chunk)]
+        loader = DataLoader(self.data, batch_sampler=mine, collate_fn=collate, num_workers=self.workers)
+        kept, size = [], 0
+        for batch in loader:
+            size += sum(t.numel() * t.element_size() for t in batch.values())
+            kept = [*kept, batch] if size * world() <= CACHE_BYTES else []
+            yield batch
+        if size * world() <= CACHE_BYTES:
+            self.kept = kept
+
+
+@torch.no_grad()
+def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Run a model over a set.
+
+    Args:
+        run: flat batch -> `embedding` (B, D) and whatever else has B rows. A collective if the model is sharded.
+    Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        out = {name: tensor.float().cpu() for name, tensor in run(batch).items()}
+        out |= {"label": batch["label"], "raw": batch["raw"], "valid": batch["valid"].to(torch.int64)}
+        for name, tensor in out.items():
+            rows.setdefault(name, []).append(gather_rows(tensor))
+    whole = {name: torch.cat(parts)[: len(batches.data)] for name, parts in rows.items()}
+    keep = whole.pop("valid").bool()
+    return {name: tensor[keep] for name, tensor in whole.items()}
+
+
+def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Any, seed: int, batch: int = 128) -> Sets:
+    """The sets of `watch`: memory and test split, or a keyed tenth of the memory if there is no test split."""
+    where = data.model_copy(update={"path": watch.path or data.path, "streaming": False, "limit": None})
+    source = open_source(where, kind, watch.train if watch.path or watch.train in splits(where, kind) else data.split)
+
+    def loaded(of: Source, indices: Tensor) -> Loaded:
+        return Loaded(PlainSet(of, kind, views, indices.sort().values.tolist()), batch, min(data.workers, 2))
+
+    order = random.permutation(source.size, seed, "watch")
+    if source.label is None:
+        return Sets(loaded(source, order[: watch.samples]), None, 0, watch.train)
+    if watch.test in splits(where, kind):
+        test = open_source(where, kind, watch.test)
+        chosen = random.permutation(test.size, seed, "watch-test")[: watch.samples]
+        return Sets(loaded(source, order[: watch.samples]), loaded(test, chosen), source.classes, watch.test)
+    held = max(1, len(order) // 10)
+    return Sets(
+        loaded(source, order[held : held + watch.samples]),
+        loaded(source, order[:held][: watch.samples]),
+        source.classes,
+        "heldout",
+    )

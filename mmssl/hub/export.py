@@ -1,0 +1,163 @@
+"""From a run to a folder that `AutoModel` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import logging
+
+from mmssl.config import Recipe, read_yaml
+from mmssl.errors import CheckpointError, RecipeError
+from mmssl.hub.card import card
+from mmssl.hub.flatten import flatten
+from mmssl.methods import METHODS
+from mmssl.model.encoder import Encoder
+from mmssl.model.modeling import MmsslModel
+from mmssl.registry import modality
+
+STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
+
+
+def export_encoder(
+    recipe: Recipe,
+    views: Any,
+    tensors: dict[str, Tensor],
+    path: Path,
+    which: str | None = None,
+    metrics: dict[str, float] | None = None,
+    step: int | None = None,
+) -> Path:
+    """Write config, weights, modelling code, processor and card; the folder appears whole or not at all.
+
+    Args:
+        tensors: the model part of a checkpoint.
+        which: student or teacher; the one that the method's paper uses if None.
+    Raises: RecipeError if the run has no such network.
+    """
+    which = which or METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
+    weights = {f"encoder.{n.removeprefix(STEMS[which])}": t for n, t in tensors.items() if n.startswith(STEMS[which])}
+    if not weights:
+        raise RecipeError(f"which={which}: this run has no {which}.")
+    config = recipe.config()
+    config.architectures = ["MmsslModel"]
+    config.auto_map = {"AutoConfig": "modeling_mmssl.MmsslConfig", "AutoModel": "modeling_mmssl.MmsslModel"}
+    with torch.device("meta"):
+        model = MmsslModel(config)
+    kind = modality(recipe.data.modality)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
+    try:
+        with quiet():
+            model.save_pretrained(aside, state_dict=weights)
+        for file in aside.iterdir():  # safetensors writes 0600, whatever the umask
+            file.chmod(0o666 & ~umask())
+        (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
+        kind.processor(config, views).save_pretrained(aside)
+        (aside / "README.md").write_text(card(recipe, which, metrics or {}, step))
+        aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
+        replace_folder(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which would tear ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def umask() -> int:
+    """The mode bits that new files lose."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`."""
+    before = old.with_name(f".del-{old.name}")
+    shutil.rmtree(before, ignore_errors=True)
+    if old.exists():
+        old.rename(before)
+    new.rename(old)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def export(run: str | Path, to: str | Path | None = None, which: str | None = None) -> Path:
+    """Write the encoder of a run's newest checkpoint.
+
+    Args:
+        run: run folder.
+        to: folder to write; `model/` in the run if None.
+        which: student or teacher.
+    Raises: MmsslError if it is no run or has no complete checkpoint.
+    """
+    from mmssl.training import checkpoint
+    from mmssl.training.run_folder import RunFolder
+
+    folder = RunFolder.open(run)
+    if which not in (None, "student", "teacher"):
+        raise RecipeError(f"which: found {which!r}, allowed are student and teacher.")
+    recipe = Recipe.check(read_yaml(folder.config), str(folder.config))
+    newest = checkpoint.newest_or_fail(folder.checkpoints)
+    if newest is None:
+        raise CheckpointError(f"{run} holds no checkpoint yet; the first is written after save.every updates.")
+    tensors, state = checkpoint.load(newest)
+    target = Path(to) if to is not None else folder.model
+    if target.exists() and target != folder.model and any(target.iterdir()):
+        raise RecipeError(f"{target} exists and is not empty. Choose another folder with to=FOLDER.")
+    return export_encoder(recipe, recipe.build_views(), tensors["model"], target, which, step=int(state["step"]))
+
+
+def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
+    """An encoder from a folder or the Hub.
+
+    Returns: a module that takes `pixel_values | input_values | input_ids` and gives `last_hidden_state`, `pooler_output`.
+    Raises: RecipeError if there is none, with the reason.
+    """
+    from transformers import AutoModel
+
+    from mmssl.model import register
+
+    register.auto_classes()
+    try:
+        return AutoModel.from_pretrained(str(path_or_id)).eval()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"{path_or_id} cannot be loaded as a model: {reason}") from None
+
+
+def load_weights(encoder: Encoder, path: str | Path) -> None:
+    """Start an encoder from an exported folder of the same shape. Raises: RecipeError naming what does not fit."""
+    file = Path(path) / "model.safetensors"
+    if not file.is_file():
+        raise RecipeError(f"model.init: {path} is not a folder with model.safetensors.")
+    saved = {name.removeprefix("encoder."): tensor for name, tensor in load_file(file).items()}
+    own = encoder.state_dict()
+    wrong = sorted({*own} ^ {*saved}) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if wrong:
+        config = json.loads((Path(path) / "config.json").read_text()) if (Path(path) / "config.json").is_file() else {}
+        shape = {
+            name: config[name]
+            for name in ("hidden_size", "depth", "prenet_depth", "image_size", "patch_size")
+            if name in config
+        }
+        raise RecipeError(f"model.init: {path} has another shape ({shape}) than the recipe; first difference: {wrong[0]}.")
+    encoder.load_state_dict(saved)

@@ -1,0 +1,52 @@
+"""The modelling code of an encoder as one file that needs only torch and transformers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+
+CORE = (
+    "mmssl.types",
+    "mmssl.model.attention",
+    "mmssl.model.transformer",
+    "mmssl.model.positions",
+    "mmssl.model.configuration",
+    "mmssl.model.encoder",
+)
+
+
+def flatten(features_module: str) -> str:
+    """Source of the core's model files and the modality's features, imports gathered, our own left out.
+
+    Raises: ValueError if one of them imports something that a stranger's machine lacks.
+    """
+    imports: set[str] = set()
+    bodies = []
+    for name in (*CORE, features_module, "mmssl.model.modeling"):
+        source = inspect.getsource(importlib.import_module(name))
+        lines = source.splitlines()
+        tree = ast.parse(source)
+        drop: set[int] = set()
+        for i, node in enumerate(tree.body):
+            docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+                drop.update(range(node.lineno - 1, (node.end_lineno or node.lineno)))
+            if isinstance(node, ast.Import | ast.ImportFrom) and not _ours(node, name):
+                imports.add(ast.unparse(node))
+        bodies.append("\n".join(line for i, line in enumerate(lines) if i not in drop).strip())
+    imports.discard("from __future__ import annotations")
+    head = '"""Encoder trained with mmssl (Apache-2.0). Made by its export; needs torch and transformers only."""\n\n'
+    head += "from __future__ import annotations\n\n" + "\n".join(sorted(imports))
+    return head + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def _ours(node: ast.Import | ast.ImportFrom, where: str) -> bool:
+    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    tops = {name.split(".")[0] for name in names}
+    if tops & {"mmssl", "modalities"}:
+        return True
+    strangers = tops - {"torch", "transformers"} - set(__import__("sys").stdlib_module_names)
+    if strangers:
+        raise ValueError(f"{where} imports {', '.join(sorted(strangers))}; model code may need torch and transformers only")
+    return False

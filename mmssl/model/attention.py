@@ -1,0 +1,26 @@
+"""Multi-head self-attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Scaled dot-product self-attention with a fused, biased qkv projection. (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, attention_dropout: float = 0.0):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads: hidden_size {dim} is not a multiple of {heads} heads")
+        self.heads, self.attention_dropout = heads, attention_dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over the tokens of each row."""
+        rows, length, dim = x.shape
+        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.proj(out.transpose(1, 2).reshape(rows, length, dim)))

@@ -1,0 +1,39 @@
+"""Configuration of an encoder, as saved in config.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+
+class MmsslConfig(PretrainedConfig):
+    """Feature encoder of one modality and the shared transformer. The modality's own options are kept as given."""
+
+    model_type = "mmssl"
+    attribute_map = {"num_hidden_layers": "depth", "num_attention_heads": "heads"}
+
+    def __init__(
+        self,
+        modality: str = "vision",
+        hidden_size: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        prenet_depth: int = 0,
+        mlp_ratio: float = 4.0,
+        norm: Literal["post", "pre"] = "post",
+        extra_tokens: int = 1,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        pooling: Literal["mean", "cls"] = "mean",
+        **kwargs: Any,
+    ):
+        self.norm: Literal["post", "pre"] = norm
+        self.pooling: Literal["mean", "cls"] = pooling
+        self.modality = modality
+        self.hidden_size, self.depth, self.heads, self.prenet_depth = hidden_size, depth, heads, prenet_depth
+        self.mlp_ratio, self.extra_tokens, self.norm_eps = mlp_ratio, extra_tokens, norm_eps
+        self.dropout, self.attention_dropout, self.drop_path = dropout, attention_dropout, drop_path
+        super().__init__(**kwargs)

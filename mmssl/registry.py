@@ -1,0 +1,74 @@
+"""Modalities, found by entry point, so that another package can add one without touching this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.errors import RecipeError
+from mmssl.types import View
+
+GROUP = "mmssl.modalities"
+
+
+class Views(Protocol):
+    """Turns a decoded sample into the views that a method sees."""
+
+    def __call__(self, sample: Any, draw: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
+        """Tensors of one sample; `draw(i)` gives the generator of view i."""
+        ...
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
+        """Views of a batch."""
+        ...
+
+    def plain(self, samples: Sequence[Any]) -> View:
+        """The view used for evaluation: no augmentation, no mask."""
+        ...
+
+
+class Modality(NamedTuple):
+    """All the core needs to know of a kind of data."""
+
+    name: str
+    features: type[nn.Module]  # features(dim, **options): View.x -> local features; see mmssl/model/encoder.py
+    views: Callable[..., Views]  # views(features, **options)
+    decode: Callable[[Any], Any]  # a row's value (path, bytes or decoded) -> sample; raises Rejected
+    raw: Callable[[Any], Tensor]  # sample -> (n,), the floor of every probe
+    columns: tuple[str, ...]  # names under which a table usually holds the data
+    suffixes: tuple[str, ...]  # of files in a folder, lower case
+    processor: Callable[[Any, Any], Any]  # (config, views) -> the transformers processor to export
+    plain_views: Callable[[Any, Any], Views]  # (model, its folder or id) -> the views that model was trained for
+
+
+@cache
+def _points() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def modalities() -> list[str]:
+    """Names of all installed modalities."""
+    return sorted(_points())
+
+
+@cache
+def modality(name: str) -> Modality:
+    """The modality of that name.
+
+    Raises: RecipeError if it is not installed, or if another distribution named `modalities` hides ours.
+    """
+    if name not in _points():
+        raise RecipeError(f"data.modality: no modality is named {name!r}; installed are {', '.join(modalities()) or 'none'}.")
+    try:
+        found = _points()[name].load()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise RecipeError(
+            f"The modality {name!r} cannot be imported ({error}). If another package named 'modalities' is installed, "
+            "it hides the one of mmssl: remove it with 'pip uninstall modalities' and reinstall mmssl."
+        ) from error
+    return found

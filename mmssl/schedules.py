@@ -1,0 +1,52 @@
+"""Numbers that change while training: functions of the clock alone, hence nothing to save and nothing to lose at resume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mmssl.types import Clock
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From `start` to `end` over `steps` updates (the whole run if unset), then constant.
+
+    With `warmup`, the value first rises linearly from 0 to `start` over that many updates, and `steps` counts them in.
+    """
+
+    start: float
+    end: float
+    shape: Literal["linear", "cosine"] = "linear"
+    steps: int | None = None
+    warmup: int = 0
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __call__(self, clock: Clock) -> float:
+        """The value for the update that comes next."""
+        if clock.step < self.warmup:
+            return self.start * clock.step / self.warmup
+        length = (self.steps if self.steps is not None else clock.steps) - self.warmup
+        if length <= 0 or clock.step - self.warmup >= length:
+            return self.end
+        remaining = 1 - (clock.step - self.warmup) / length
+        if self.shape == "cosine":
+            remaining = (1 + math.cos(math.pi * (1 - remaining))) / 2
+        return self.end - (self.end - self.start) * remaining
+
+
+def constant(value: float) -> Schedule:
+    """Always `value`."""
+    return Schedule(value, value)
+
+
+def linear(start: float, end: float, steps: int | None = None, warmup: int = 0) -> Schedule:
+    """A straight line."""
+    return Schedule(start, end, "linear", steps, warmup)
+
+
+def cosine(start: float, end: float, steps: int | None = None, warmup: int = 0) -> Schedule:
+    """Half a cosine wave."""
+    return Schedule(start, end, "cosine", steps, warmup)

@@ -1,0 +1,56 @@
+"""What a run would need, measured on its first updates."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmssl.config import Recipe
+from mmssl.training.pretrain import prepare
+from mmssl.training.trainer import SelfSupervisedTrainer
+
+UPDATES = 3
+
+
+class Stopwatch(SelfSupervisedTrainer):
+    """Notes when each update ends, and stops after a few."""
+
+    def end_update(self, control: Any) -> None:
+        """As always, then stop."""
+        super().end_update(control)
+        self.times = [*getattr(self, "times", []), time.perf_counter()]
+        control.should_log = control.should_evaluate = control.should_save = False
+        control.should_training_stop = len(self.times) > UPDATES
+
+
+def check(recipe: Recipe) -> dict[str, Any]:
+    """Decode samples, make four updates, measure the last three.
+
+    Returns: parameters, samples, losses, seconds a step, samples a second, peak memory in MiB, hours for the whole run.
+    Raises: MmsslError as `pretrain` would.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        run = prepare(recipe.model_copy(update={"out": str(Path(temporary) / "run")}), trainer=Stopwatch)
+        run.trainer.run()
+        trainer: Any = run.trainer
+    step = (trainer.times[-1] - trainer.times[0]) / max(len(trainer.times) - 1, 1)
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    losses = {n: float(v) / trainer.terms for n, v in trainer.sums.items() if n.startswith("loss")} if trainer.terms else {}
+    return {
+        "data": f"{run.source.facts.get('path')}, {run.source.facts.get('count', 'unknown number of')} samples",
+        "unreadable": run.quarantine.summary(),
+        "trained_parameters": sum(p.numel() for p in run.objective.method.parameters() if p.requires_grad),
+        "encoder_parameters": sum(p.numel() for p in run.objective.method.student.parameters()),
+        "updates": run.steps,
+        **{name: round(value, 4) for name, value in losses.items()},
+        "seconds_per_update": round(step, 4),
+        "samples_per_second": round(recipe.train.global_batch / step, 1),
+        "peak_memory_mib": peak >> 20,
+        "hours_for_the_run": round(step * run.steps / 3600, 2),
+    }

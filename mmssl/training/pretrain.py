@@ -1,0 +1,406 @@
+"""One run, from a checked recipe to a folder with a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from mmssl.config import Recipe
+from mmssl.data.dataset import KeyedDataset, KeyedStream
+from mmssl.data.quarantine import Quarantine
+from mmssl.data.sampler import KeyBatches
+from mmssl.data.sources import Source, open_source
+from mmssl.distributed import all_sum, barrier, rank, world
+from mmssl.errors import CheckpointError, MmsslError, RecipeError, storage_error
+from mmssl.evaluate import collapse, knn
+from mmssl.evaluate.features import Sets, embed, open_sets
+from mmssl.hub.export import export_encoder, load_weights
+from mmssl.parts import Teacher
+from mmssl.registry import Modality, modality
+from mmssl.training import checkpoint
+from mmssl.training.objective import Objective
+from mmssl.training.progress import Progress
+from mmssl.training.run_folder import RunFolder
+from mmssl.training.state import load_model_state, model_state, optimizer_state
+from mmssl.training.trainer import SelfSupervisedTrainer
+
+
+def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Path:
+    """Train as the recipe says.
+
+    Args:
+        recipe: checked; `recipe.out` is the run folder.
+        overwrite: remove an earlier run in that folder.
+        resume: go on from the newest complete checkpoint in that folder.
+    Returns: the run folder; `model/` in it is the encoder.
+    Raises: MmsslError with the exit status of the contract.
+    """
+    run = prepare(recipe, overwrite, resume)
+    handler = run.folder.log_handler()
+    logging.getLogger("mmssl").addHandler(handler)
+    try:
+        run.train()
+    except BaseException as error:
+        record_failure(run.folder, error, step=run.trainer.state.global_step, steps=run.steps)
+        known = storage_error(error, run.folder.path) if isinstance(error, Exception) else None
+        if known and not isinstance(error, MmsslError):
+            raise known from error
+        raise
+    finally:
+        logging.getLogger("mmssl").removeHandler(handler)
+    return run.folder.path
+
+
+def prepare(
+    recipe: Recipe, overwrite: bool = False, resume: bool = False, trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer
+) -> Run:
+    """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
+    args = training_arguments(recipe)
+    main = args.process_index == 0
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    kind = modality(recipe.data.modality)
+    source = open_source(recipe.data, kind, recipe.data.split)  # before the folder: a wrong path leaves no trace
+    steps_per_epoch(recipe, source)
+    folder = _first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), main)
+    folder = folder or RunFolder(out(recipe), is_main=False)
+    try:
+        return Run(recipe, args, kind, source, folder, resume, trainer)
+    except BaseException as error:
+        record_failure(folder, error)
+        raise
+
+
+def reopen(path: Path) -> RunFolder:
+    """A run to go on with, which no other process is training. Raises: RecipeError."""
+    folder = RunFolder.open(path)
+    folder.check_idle()
+    checkpoint.clean(folder.checkpoints)
+    return folder
+
+
+def record_failure(folder: RunFolder, error: BaseException, **facts: Any) -> None:
+    """Leave the cause in status.json, if the folder can still be written."""
+    code = error.code if isinstance(error, MmsslError) else (6 if storage_error(error, "") else 8)
+    try:
+        folder.status("failed", error=f"{type(error).__name__}: {error}", code=code, **facts)
+    except (OSError, MmsslError) as second:  # a full disk must not hide the first cause
+        print(f"mmssl: status.json could not be written: {second}", file=sys.stderr)
+
+
+def finish(folder: Path) -> int:
+    """Say where the results are; the exit status."""
+    if rank() == 0:
+        status = RunFolder.open(folder).read_status()["state"]
+        if status == "preempted":
+            print(f"Stopped by a signal and saved. Go on with: mmssl resume {folder}")
+        else:
+            scores = {n.split("/", 1)[1]: v for n, v in summary(folder).items() if n.startswith("probe/")}
+            told = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+            print(f"The encoder is in {folder / 'model'}" + (f" ({told})." if told else "."))
+    return 0
+
+
+def out(recipe: Recipe) -> Path:
+    """The run folder."""
+    return Path(recipe.out or f"runs/{recipe.method.name}")  # type: ignore[attr-defined]
+
+
+def _first(make: Callable[[], RunFolder], main: bool) -> RunFolder | None:
+    """Make the folder on the main process; its error reaches all ranks."""
+    error, folder = None, None
+    if main:
+        try:
+            folder = make()
+        except MmsslError as problem:
+            error = problem
+    failed = float(all_sum(torch.tensor(float(error is not None), device="cuda" if _on_cuda() else "cpu")))
+    if error is not None:
+        raise error
+    if failed:
+        raise RecipeError("The main process could not use the run folder; its message says why.")
+    return folder
+
+
+def _on_cuda() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Arguments of the Trainer; making them joins the process group.
+
+    Raises: RecipeError for launch settings that contradict each other.
+    """
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if deepspeed and forced_cpu:
+        raise RecipeError(
+            "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word. Unset it and use recipes/accelerate/cpu2-zero3.yaml."
+        )
+    cpu = recipe.train.device == "cpu" or forced_cpu or not torch.cuda.is_available()
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, accumulation = batch_split(recipe, processes)
+    return TrainingArguments(
+        output_dir=str(out(recipe)),
+        max_steps=recipe.train.steps or 1,  # replaced once the data are known
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=recipe.optim.clip,
+        learning_rate=recipe.optim.lr,
+        seed=recipe.train.seed,
+        bf16=recipe.train.precision == "bf16" and not deepspeed,
+        use_cpu=cpu and not deepspeed,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="steps",
+        save_steps=recipe.save.every,
+        report_to=[*recipe.train.report_to] or "none",
+        disable_tqdm=True,
+        log_level="error",
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.data.workers,
+    )
+
+
+def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Samples of a micro-batch and micro-batches of an update on each rank. Raises: RecipeError if they do not divide."""
+    share, rest = divmod(recipe.train.global_batch, processes)
+    micro = recipe.train.micro_batch or share
+    if rest or share == 0 or share % micro:
+        raise RecipeError(
+            f"train.global_batch: {recipe.train.global_batch} samples cannot be split over {processes} processes "
+            f"in micro-batches of {micro}; use a multiple of {processes * micro} or another train.micro_batch."
+        )
+    return micro, share // micro
+
+
+def steps_per_epoch(recipe: Recipe, source: Source) -> int:
+    """Updates in one pass over the data. Raises: RecipeError if the data do not fill one batch."""
+    if recipe.data.streaming:
+        return recipe.train.steps or 1
+    count, batch = source.size, recipe.train.global_batch
+    if count < batch:
+        raise RecipeError(
+            f"train.global_batch: {batch} samples make a batch, but {source.facts.get('path')} has {count}; "
+            f"use train.global_batch={count} or less, or more data."
+        )
+    return count // batch
+
+
+class Run:
+    """The pieces of one run and what happens at its turning points."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: TrainingArguments,
+        kind: Modality,
+        source: Source,
+        folder: RunFolder,
+        resume: bool = False,
+        trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
+    ):
+        self.recipe, self.args, self.source, self.folder = recipe, args, source, folder
+        self.micro, self.accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        self.epoch_steps = steps_per_epoch(recipe, source)
+        self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
+        args.max_steps = self.steps
+        self.views = recipe.build_views()
+        self.quarantine = Quarantine(folder.path / "quarantine.jsonl", recipe.data.max_bad, recipe.data.min_bad)
+        stream = recipe.data.streaming
+        if stream:
+            self.dataset: Any = None
+            self.stream = lambda first: KeyedStream(
+                source,
+                kind,
+                self.views,
+                recipe.train.seed,
+                self.quarantine,
+                micro_batch=self.micro,
+                batches=self.steps * self.accumulation,
+                start=first,
+                rank=rank(),
+                world=world(),
+                readers=recipe.data.readers,
+                block=recipe.data.block,
+            )
+        else:
+            self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
+        self.sets: Sets | None = None
+        if not stream or recipe.watch.path:
+            self.sets = open_sets(recipe.data, recipe.watch, kind, self.views, recipe.train.seed)
+        method = recipe.build()
+        if recipe.model.init:  # type: ignore[attr-defined]
+            load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
+            for part in method.parts():
+                part.restart()
+        if recipe.train.compile:
+            encoders = [method.student.encoder, *(part.encoder for part in method.parts() if isinstance(part, Teacher))]
+            for block in (block for encoder in encoders for block in encoder.transformer.blocks):
+                block.compile()  # whole models would be compiled anew for every mask count
+        classes = source.classes if recipe.watch.linear and source.label is not None else 0
+        self.objective = Objective(method, classes)
+        start, applied, moments = self._resume() if resume else (0, 0, None)
+        folder.write_identity(recipe.dump(), sys.argv, source.facts)
+        self.progress = Progress(folder, self.steps, start, quiet=not folder.is_main)
+        self.trainer = trainer(
+            self.objective,
+            recipe,
+            args,
+            self.steps,
+            self.epoch_steps,
+            self._loader,
+            self.progress.report,
+            self._probe,
+            self._save,
+            lambda: self.quarantine.message() if self.quarantine.over() else None,
+            start,
+            applied,
+            moments,
+        )
+
+    def _loader(self, start: int) -> DataLoader:
+        """Batches of this rank from update `start` to the end."""
+        workers = self.recipe.data.workers
+        common: dict[str, Any] = {
+            "num_workers": workers,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": False,
+            "prefetch_factor": 4 if workers else None,
+            "worker_init_fn": _quiet_worker if workers else None,
+        }
+        if self.recipe.data.streaming:
+            return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
+        keys = KeyBatches(
+            self.source.size,
+            self.recipe.train.global_batch,
+            self.micro,
+            rank(),
+            world(),
+            self.steps,
+            self.recipe.train.seed,
+            start,
+        )
+        return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
+
+    def launch(self) -> dict[str, Any]:
+        """How the run was really started, as seen from inside."""
+        plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
+        return {
+            "distributed": self.trainer.accelerator.distributed_type.name,
+            "processes": {"accelerate": self.trainer.accelerator.num_processes, "torch": world(), "launcher": self._launched()},
+            "zero_stage": plugin.zero_stage if plugin else None,
+            "device": str(self.args.device),
+        }
+
+    @staticmethod
+    def _launched() -> int:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    def train(self) -> None:
+        """To the end, or to a signal."""
+        self.folder.status("running", step=self.trainer.start, steps=self.steps, launch=self.launch())
+        with self.progress:
+            self.trainer.run()
+        state = "preempted" if self.trainer.stop_signal is not None else "finished"
+        self.folder.status(state, step=self.trainer.state.global_step, steps=self.steps)
+
+    # Probes ----------------------------------------------------------------------------------------------------------
+
+    def _probe(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+        """Metrics of the student on the sets of `watch`; a collective."""
+        if self.sets is None:
+            return {}
+        model: Any = trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+
+        def run(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            inputs = {name: tensor for name, tensor in batch.items() if name not in ("raw", "valid", "label")}
+            return model(trainer._prepare_inputs(inputs))
+
+        with trainer.compute_loss_context_manager():
+            bank = embed(self.sets.train, run)
+            if self.objective.probe is not None:
+                self.objective.standardise.calibrate(bank["embedding"])
+            test = embed(self.sets.test, run) if self.sets.test else None
+        model.train(was_training)
+        metrics = {
+            "health/rankme": collapse.rankme(bank["embedding"]),
+            "health/embedding_std": collapse.dimension_std(bank["embedding"]),
+        }
+        if test is not None:
+            name, k = self.sets.name, self.recipe.watch.neighbours
+            metrics[f"probe/{name}/knn"] = knn.knn_accuracy(
+                bank["embedding"], bank["label"], test["embedding"], test["label"], k
+            )
+            if "logits" in test:
+                metrics[f"probe/{name}/linear"] = float((test["logits"].argmax(1) == test["label"]).float().mean())
+        return metrics
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: SelfSupervisedTrainer) -> None:
+        """Checkpoint and `model/`, written by the main process from whole tensors."""
+        tensors = {"model": model_state(self.objective), "optimizer": optimizer_state(self.objective, trainer.optimizer)}
+        problem: Exception | None = None
+        if self.folder.is_main:
+            step = trainer.state.global_step
+            state = {"step": step, "applied": trainer.applied, "steps": self.steps, "world": world()}
+            try:
+                checkpoint.save(self.folder.checkpoints, step, tensors, state, self.recipe.save.keep)
+                export_encoder(self.recipe, self.views, tensors["model"], self.folder.model, metrics=trainer.metrics, step=step)
+                self.folder.status("running", step=step, steps=self.steps)
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problem = error
+        failed = float(all_sum(torch.tensor(float(problem is not None), device=self.args.device)))
+        if problem is not None:
+            raise problem
+        if failed:
+            raise CheckpointError("The main process could not save; its message says why.")
+        barrier()
+
+    def _resume(self) -> tuple[int, int, dict[str, torch.Tensor]]:
+        """Update to go on from, updates applied, optimizer moments."""
+        path, reasons = checkpoint.find(self.folder.checkpoints)
+        for reason in reasons if self.folder.is_main else []:
+            print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
+        if path is None:
+            raise CheckpointError(f"{self.folder.path} holds no usable checkpoint. Start again with overwrite=true.")
+        tensors, state = checkpoint.load(path)
+        load_model_state(self.objective, tensors["model"])
+        self.folder.truncate_metrics(int(state["step"]))
+        return int(state["step"]), int(state["applied"]), tensors["optimizer"]
+
+
+def _quiet_worker(_: int) -> None:
+    """Signals reach the whole process group; a worker must live until its parent has saved."""
+    import signal
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The last value of every metric of a run."""
+    last: dict[str, Any] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    return last

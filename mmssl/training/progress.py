@@ -1,0 +1,36 @@
+"""What a person sees while it trains: loss, k-NN, samples a second, time left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from mmssl.training.run_folder import RunFolder
+
+
+class Progress:
+    """A bar on the terminal and lines in metrics.jsonl and log.txt."""
+
+    def __init__(self, folder: RunFolder, steps: int, start: int, quiet: bool):
+        self.folder = folder
+        self.bar = tqdm(total=steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.shown: dict[str, str] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def report(self, line: dict[str, Any]) -> None:
+        """One logged step."""
+        self.folder.log_metrics(line)
+        if "loss" in line:
+            self.shown["loss"] = "skipped" if line["loss"] is None else f"{line['loss']:.4g}"
+            self.shown["samples/s"] = f"{line['speed/samples_per_s']:.0f}"
+        for name, value in line.items():
+            if name.startswith("probe/"):
+                self.shown[name.rsplit("/", 1)[1]] = f"{value:.1%}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(line["step"] - self.bar.n)

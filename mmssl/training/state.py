@@ -1,0 +1,108 @@
+"""Everything a run needs to go on, as named fp32 tensors that do not depend on how it was sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmssl.distributed import full_value, is_partitioned, rank, share_slices
+from mmssl.errors import CheckpointError
+from mmssl.training.objective import Objective
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def model_state(objective: Objective) -> dict[str, Tensor]:
+    """Name -> whole fp32 tensor on the CPU, teacher included. A collective under ZeRO-3."""
+    state = dict(objective.state_dict())
+    for name, parameter in objective.named_parameters():
+        if is_partitioned(parameter):
+            state[name] = full_value(parameter)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
+    """Before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
+    own = objective.state_dict()
+    wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
+    wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if wrong:
+        raise CheckpointError(f"The checkpoint does not fit this recipe's model: {', '.join(sorted(set(wrong))[:5])}.")
+    objective.load_state_dict(saved)
+
+
+@torch.no_grad()
+def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
+    """`name.exp_avg`, `name.exp_avg_sq`, `name.step` of every trained parameter, whole. A collective under ZeRO."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
+    state: dict[str, Tensor] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer):  # a ZeRO optimizer around AdamW
+            for moment in MOMENTS:
+                state[f"{name}.{moment}"] = _zero_moment(parameter, moment)
+            state[f"{name}.step"] = _zero_step(inner)
+        else:
+            for moment, value in inner.state.get(parameter, {}).items():
+                state[f"{name}.{moment}"] = value
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, Tensor]) -> None:
+    """After the engine was built."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    zero = hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad or f"{name}.step" not in saved:
+            continue
+        if zero:
+            for moment in MOMENTS:
+                _set_zero_moment(parameter, moment, saved[f"{name}.{moment}"])
+        else:
+            values = {moment: saved[f"{name}.{moment}"] for moment in MOMENTS}
+            inner.state[parameter] = {n: v.to(parameter.device, torch.float32).clone() for n, v in values.items()}
+            inner.state[parameter]["step"] = saved[f"{name}.step"].to(parameter.device).clone()
+    if zero:
+        steps = [value for name, value in saved.items() if name.endswith(".step")]
+        for state in inner.optimizer.state.values():  # type: ignore[attr-defined]
+            if steps and "step" in state:
+                state["step"] = steps[0].clone() if torch.is_tensor(state["step"]) else float(steps[0])
+
+
+def _zero_moment(parameter: Any, moment: str) -> Any:
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+    if not is_partitioned(parameter):
+        return safe_get_full_optimizer_state(parameter, moment)
+    local = safe_get_local_optimizer_state(parameter, moment)
+    whole = torch.zeros(parameter.ds_shape, dtype=torch.float32, device=local.device)
+    start = rank() * parameter.ds_tensor.ds_numel
+    part = whole.view(-1)[start : start + local.numel()]
+    part.copy_(local.flatten()[: part.numel()])
+    share_slices([whole], [True])
+    return whole
+
+
+def _set_zero_moment(parameter: Any, moment: str, value: Tensor) -> None:
+    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not is_partitioned(parameter):
+        safe_set_full_optimizer_state(parameter, value, moment)
+        return
+    local = torch.zeros_like(safe_get_local_optimizer_state(parameter, moment)).flatten()
+    start = rank() * parameter.ds_tensor.ds_numel
+    part = value.flatten()[start : start + local.numel()]
+    local[: part.numel()] = part
+    safe_set_local_optimizer_state(parameter, local, moment)
+
+
+def _zero_step(inner: Any) -> Tensor:
+    for state in inner.optimizer.state.values():
+        if "step" in state:
+            return torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
+    return torch.zeros(())

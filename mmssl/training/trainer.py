@@ -1,0 +1,323 @@
+"""transformers' Trainer around an objective, thinly: what self-supervision needs otherwise is here, each with its reason."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmssl.config import Recipe
+from mmssl.distributed import all_max, all_sum, check_world, rank, world
+from mmssl.errors import DataError, NonFiniteError
+from mmssl.random import row_keys
+from mmssl.training.objective import Objective
+from mmssl.training.optim import build_optimizer, schedule, set_rates
+from mmssl.training.state import load_optimizer_state
+from mmssl.types import Clock
+
+
+class Rates:
+    """Stands where the Trainer expects a scheduler. The rate is written before the step, since DeepSpeed steps in backward."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        """Nothing: see `SelfSupervisedTrainer.begin_update`."""
+
+    def get_last_lr(self) -> list[float]:
+        """As written."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save: rates are a function of the clock."""
+        return {}
+
+
+class Hooks(TrainerCallback):
+    """Calls the trainer back at the moments it needs."""
+
+    def __init__(self, trainer: SelfSupervisedTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before the first micro-batch."""
+        self.trainer.begin_update()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the optimizer, before logging, probes and saving."""
+        self.trainer.end_update(control)
+
+
+class SelfSupervisedTrainer(Trainer):
+    """Trains an `Objective`.
+
+    Args:
+        steps: optimizer updates of the whole run.
+        epoch_steps: updates of one pass over the data.
+        loader: first update -> batches of this rank from there to the end of the run.
+        start: update to begin at; `counters` and `optimizer_state` are those of a checkpoint.
+        report: called with a metrics dict at each logged step, on the main process.
+        probe: called every `watch.every` updates on all ranks; returns metrics.
+        save: called at each save with the step, on all ranks.
+        data_over: says whether too many samples were unreadable, and why.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        args: TrainingArguments,
+        steps: int,
+        epoch_steps: int,
+        loader: Callable[[int], DataLoader],
+        report: Callable[[dict[str, Any]], None],
+        probe: Callable[[SelfSupervisedTrainer], dict[str, float]],
+        save: Callable[[SelfSupervisedTrainer], None],
+        data_over: Callable[[], str | None],
+        start: int = 0,
+        applied: int = 0,
+        optimizer_state: dict[str, Tensor] | None = None,
+    ):
+        super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
+        self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
+        check_world(self.accelerator.num_processes)
+        self.objective, self.recipe = objective, recipe
+        self.steps, self.epoch_steps, self.loader = steps, epoch_steps, loader
+        self.report, self.probe, self.save_run, self.data_over = report, probe, save, data_over
+        self.start, self.applied, self._optimizer_state = start, applied, optimizer_state
+        self.rate = schedule(recipe.optim)
+        self.micro, self.spoilt, self.skips = 0, False, 0
+        self.stop_signal: int | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.terms = 0
+        self.skipped_since_log = 0
+        self.last_log = (time.perf_counter(), start)
+        self.metrics: dict[str, float] = {}
+        self.module_parameters = [p for p in objective.method.parameters() if p.requires_grad]
+
+    @property
+    def clock(self) -> Clock:
+        """Updates applied, updates planned, pass over the data."""
+        return Clock(self.applied, self.steps, self.state.global_step // self.epoch_steps)
+
+    # Data: the loader yields keys from an absolute position; the Trainer must neither re-shard nor skip -----------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this rank from `start` to the end."""
+        return self.loader(self.start)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
+        """Lazily: the Trainer would hold all micro-batches of an update in memory."""
+        return LazyBatches(epoch_iterator, num_batches), None
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        super()._init_training_state(*args, **kwargs)
+        self.state.global_step = self.start
+        return 0, 0
+
+    # Optimizer -------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with our own parameter groups."""
+        self.optimizer = build_optimizer(self.objective, self.recipe.optim)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A stand-in."""
+        self.lr_scheduler = Rates(self.optimizer)  # type: ignore[assignment]
+        return self.lr_scheduler
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._optimizer_state is not None:
+            load_optimizer_state(self.objective, self.optimizer, self._optimizer_state)
+            self._optimizer_state = None
+        return prepared
+
+    # One update ------------------------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        """Rates and passes for this update."""
+        self.micro, self.spoilt = 0, False
+        if self.state.global_step % self.epoch_steps == 0:
+            self.objective.method.on_epoch(self.clock)
+        assert self.optimizer is not None
+        set_rates(self.optimizer, self.rate(self.clock))
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: forward, vote, backward unless a rank saw a non-finite loss."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        keys = row_keys(self.recipe.train.seed, self.state.global_step, self.micro, len(inputs["index"]), rank(), world())
+        self.micro += 1
+        with self.compute_loss_context_manager():
+            out = model(inputs, keys, self.clock)
+        total = out.pop("total") / self.args.gradient_accumulation_steps
+        bad = ~torch.isfinite(total.detach())
+        for name, value in out.items():
+            bad = bad | ~torch.isfinite(value) if name.startswith("loss") else bad
+        if float(all_max(bad.float())):  # the vote: all ranks go on, or none does
+            self.spoilt = True
+        if self.spoilt:
+            return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
+        deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(total, **deepspeed)
+        for name, value in out.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.terms += 1
+        return total.detach()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The method's gradients only: labels reach the probe, and must not reach the encoder through a shared norm."""
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.module_parameters, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Checks the norm on its way: a finite loss can have a non-finite gradient, or one micro-batch may have been bad."""
+        if self.is_deepspeed_enabled:
+            return super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None:
+            grad_norm = self.accelerator.clip_grad_norm_(self.module_parameters, math.inf)
+        if self.spoilt or not bool(torch.isfinite(torch.as_tensor(grad_norm))):
+            self.spoilt = True
+            model.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone
+        return grad_norm
+
+    def end_update(self, control: TrainerControl) -> None:
+        """Teacher and other parts, if the update was applied; decide what happens next."""
+        if self.spoilt or self.accelerator.optimizer_step_was_skipped:
+            self.skips += 1
+            self.skipped_since_log += 1
+            if self.skips > self.recipe.train.max_skips:
+                raise NonFiniteError(
+                    f"Loss or gradients were not finite in {self.skips} updates in a row, "
+                    f"the last one at step {self.state.global_step}; "
+                    "nothing of them was applied or saved. Lower optim.lr, lengthen optim.warmup, or set optim.clip."
+                )
+        else:
+            self.skips = 0
+            self.applied += 1
+            self.objective.method.after_step(self.clock)
+        reason = self.data_over()
+        stop = all_max(
+            torch.tensor([float(self.stop_signal or 0), float(reason is not None)], device=self.args.device)
+        ).tolist()
+        if stop[1]:
+            raise DataError(reason or "Another process found too many unreadable samples; its log names them.")
+        last = self.state.global_step >= self.steps
+        if stop[0]:
+            self.stop_signal = int(stop[0])
+            control.should_training_stop = control.should_save = True
+        every = self.recipe.watch.every
+        control.should_evaluate = not stop[0] and bool(last or (every and self.state.global_step % every == 0))
+        control.should_log = last or self.state.global_step % self.recipe.train.log_every == 0
+
+    # Logging, probes, saving -----------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step <= self._done:  # the Trainer calls once more when the loop ends
+            return
+        self._done = self.state.global_step
+        grad_norm = args[1]
+        if self.control.should_log:
+            self._log_terms(grad_norm)
+        if self.control.should_evaluate:
+            self.metrics = self.probe(self)
+            self._emit({"step": self.state.global_step, **self.metrics})
+        if self.control.should_save:
+            self._save_checkpoint(None, None)  # type: ignore[arg-type]
+            self.control.should_save = False
+
+    _done = -1
+
+    def _log_terms(self, grad_norm: Any) -> None:
+        """Means over the updates since the last line; null, never 0.0, if none of them was applied."""
+        names = sorted(self.sums)
+        now, (then, step) = time.perf_counter(), self.last_log
+        line: dict[str, Any] = {"step": self.state.global_step, "loss": None}
+        if self.terms:
+            means = all_sum(torch.stack([self.sums[name].float() for name in names])) / (self.terms * world())
+            line |= dict(zip(names, means.tolist()))
+        line["lr"] = self.rate(self.clock._replace(step=max(self.applied - 1, 0)))
+        line["epoch"] = round(self.state.global_step / self.epoch_steps, 3)
+        if grad_norm is not None:
+            line["grad_norm"] = float(grad_norm)
+        line["skipped"] = self.skipped_since_log
+        done = self.state.global_step - step
+        line["speed/samples_per_s"] = done * self.recipe.train.global_batch / max(now - then, 1e-9)
+        self.sums, self.terms, self.skipped_since_log, self.last_log = {}, 0, 0, (now, self.state.global_step)
+        self._emit(line)
+
+    def _emit(self, line: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            self.report(line)
+        self.log({name: value for name, value in line.items() if name != "step" and value is not None})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the trackers of `train.report_to`; the Trainer's own summary at the end is left out."""
+        if "train_runtime" not in logs:
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Our own format, see `training/checkpoint.py`."""
+        then = time.perf_counter()
+        self.save_run(self)
+        self.last_log = (self.last_log[0] + time.perf_counter() - then, self.last_log[1])
+
+    def run(self) -> None:
+        """Train to the end, or to a signal.
+
+        SIGTERM, SIGINT and SIGUSR1 stop all ranks after the current update, a second one at once.
+        """
+        with Signals(self):
+            self.train()
+
+
+class LazyBatches:
+    """The next micro-batches, fetched when they are asked for."""
+
+    def __init__(self, source: Iterator, count: int):
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.count):
+            try:
+                yield next(self.source)
+            except StopIteration:
+                return
+
+
+class Signals:
+    """Turns the first signal into a flag and restores the handlers at the end."""
+
+    def __init__(self, trainer: SelfSupervisedTrainer):
+        self.trainer = trainer
+        self.before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.trainer.stop_signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.trainer.stop_signal = number
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

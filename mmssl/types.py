@@ -1,0 +1,122 @@
+"""What crosses module boundaries: tensors in NamedTuples. The file to read first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """Which tokens the student does not see. The rows of one sample's masks are adjacent, all rows keep as many tokens."""
+
+    hidden: Tensor  # (M*B, L) bool, True = masked
+    keep: Tensor  # (M*B, L_visible) visible positions, ascending
+    restore: Tensor  # (M*B, L) order that puts visible + filler tokens back in place
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> Mask:
+        """Index a boolean mask.
+
+        Args:
+            hidden: (M*B, L) bool, True = masked.
+        Raises: ValueError if the rows keep different numbers of tokens, or if nothing or everything is visible.
+        """
+        visible = (~hidden).sum(1)
+        kept = int(visible[0])
+        if not bool((visible == kept).all()):
+            raise ValueError(f"mask: rows keep between {int(visible.min())} and {int(visible.max())} tokens, they must agree")
+        if not 0 < kept < hidden.shape[1]:
+            raise ValueError(
+                f"mask: {kept} of {hidden.shape[1]} tokens stay visible; at least one must be visible and one hidden"
+            )
+        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
+        return cls(hidden, order[:, :kept].contiguous(), order.argsort(dim=1))
+
+    @property
+    def count(self) -> int:
+        """Masked tokens per row."""
+        return self.hidden.shape[1] - self.keep.shape[1]
+
+
+class View(NamedTuple):
+    """One version of each sample of a batch."""
+
+    x: Tensor  # vision (B, C, H, W) | speech (B, samples) | text (B, L) token ids
+    modality: str  # a registry name
+    pad: Tensor | None = None  # (B, L) bool, True = padding
+    mask: Mask | None = None  # drawn with the view; rows (M*B, L)
+
+    @property
+    def copies(self) -> int:
+        """M, masks per sample."""
+        return 1 if self.mask is None else self.mask.hidden.shape[0] // self.x.shape[0]
+
+
+class Batch(NamedTuple):
+    """Views of the same B samples."""
+
+    views: list[View]  # global crops first, then local crops
+    index: Tensor  # (B,) position of each sample in the data set
+    keys: tuple[int, ...] = ()  # one per sample and step: seeds of draws on the device, the same on any number of ranks
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat dict, the only form that travels through loaders and engines unharmed."""
+        flat: dict[str, Tensor] = {"index": self.index}
+        for i, view in enumerate(self.views):
+            flat[f"{i}.{view.modality}.x"] = view.x
+            if view.pad is not None:
+                flat[f"{i}.{view.modality}.pad"] = view.pad
+            if view.mask is not None:
+                flat.update({f"{i}.{view.modality}.mask.{name}": t for name, t in view.mask._asdict().items()})
+        return flat
+
+    @classmethod
+    def from_tensors(cls, flat: dict[str, Tensor], keys: tuple[int, ...] = ()) -> Batch:
+        """The inverse of `tensors`."""
+        views = []
+        for name in sorted((n for n in flat if n.endswith(".x")), key=lambda n: int(n.split(".")[0])):
+            stem, modality = name[:-2], name.split(".")[1]
+            mask = Mask(*(flat[f"{stem}.mask.{f}"] for f in Mask._fields)) if f"{stem}.mask.hidden" in flat else None
+            views.append(View(flat[name], modality, flat.get(f"{stem}.pad"), mask))
+        return cls(views, flat["index"], keys)
+
+
+class Encoded(NamedTuple):
+    """What an encoder made of a view."""
+
+    tokens: Tensor  # (B, L, D) content only, extra tokens removed
+    cls: Tensor | None = None  # (B, D)
+    layers: tuple[Tensor, ...] = ()  # per trunk block (B, L, D): FFN output before the residual sum, on request
+
+
+class StepOutput(NamedTuple):
+    """What a method returns for one micro-batch."""
+
+    losses: dict[str, Tensor]  # weighted scalars; their sum is back-propagated and is the logged loss
+    health: dict[str, Tensor] = {}  # detached scalars, logged only
+    embedding: Tensor | None = None  # (B, D) detached, one row a sample: what the online linear probe learns from
+
+
+class Clock(NamedTuple):
+    """Where the run stands."""
+
+    step: int = 0  # optimizer updates applied so far
+    steps: int = 1  # updates the run will make
+    epoch: int = 0  # passes over the data begun, from 0
+
+
+class Rejected(Exception):
+    """A sample that cannot be used. Counted and replaced, never fatal by itself."""
+
+    kinds = ("unreadable", "truncated", "too_large", "too_long", "empty", "wrong_type", "bad_text", "non_finite")
+
+    def __init__(self, kind: str, reason: str = ""):
+        if kind not in self.kinds:
+            raise ValueError(f"rejected: unknown kind {kind!r}, known are {', '.join(self.kinds)}")
+        super().__init__(kind, reason)  # both in args, so that it survives pickling
+        self.kind, self.reason = kind, reason
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}" if self.reason else self.kind

@@ -1,0 +1,123 @@
+"""Images to views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmssl.types import Mask, View
+from modalities.vision.masks import inverse_blocks
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Inverse block masks; the defaults are those of the image base recipe of data2vec 2.0."""
+
+    ratio: float = 0.8
+    adjust: float = 0.07
+    width: int = 3
+    copies: int = 16
+    inverse: bool = True
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+
+class ImageViews:
+    """A random crop, flipped at random, with its masks."""
+
+    def __init__(
+        self,
+        features: Any,
+        scale: tuple[float, float] = (0.2, 1.0),
+        aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        mask: MaskOptions | None = None,
+    ):
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale: {scale}, must be two areas with 0 < smallest <= largest <= 1")
+        if not 0 < aspect[0] <= aspect[1]:
+            raise ValueError(f"aspect: {aspect}, must be two ratios width : height with 0 < smallest <= largest")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip: {flip}, must be a probability")
+        if len(mean) not in (1, features.channels) or len(std) not in (1, features.channels) or min(std) <= 0:
+            raise ValueError(f"mean, std: need one number or {features.channels}, and std above 0")
+        self.size, self.channels, self.grid = features.image_size, features.channels, features.grid
+        self.scale, self.aspect, self.flip, self.mask = scale, aspect, flip, mask
+        self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
+        if mask is not None:
+            share = 1 - mask.ratio if mask.inverse else mask.ratio
+            if not 0 < math.floor(features.length * share) < features.length:
+                raise ValueError(f"mask.ratio: {mask.ratio} of {features.length} patches leaves nothing or everything visible")
+            if mask.copies < 1 or not 1 <= mask.width <= min(self.grid):
+                raise ValueError(f"mask: copies must be at least 1 and width between 1 and {min(self.grid)}")
+
+    def __call__(self, sample: Image.Image, draw: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
+        """One crop and its masks.
+
+        Returns: x (C, H, W) float, normalised; hidden (M, L) bool if the recipe masks.
+        """
+        source = draw(0)
+        left, top, width, height = crop_box(sample.width, sample.height, self.scale, self.aspect, source)
+        flip = bool(torch.rand((), generator=source) < self.flip)
+        tensors = {"x": self._tensor(sample, (left, top, left + width, top + height), flip)}
+        if self.mask is not None:
+            m = self.mask
+            tensors["hidden"] = inverse_blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, source, m.inverse)
+        return tensors
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
+        """Stack; the masks of a sample stay adjacent."""
+        x = torch.stack([sample["x"] for sample in samples])
+        mask = Mask.of(torch.cat([sample["hidden"] for sample in samples])) if self.mask is not None else None
+        return [View(x, "vision", mask=mask)]
+
+    def plain(self, samples: Sequence[Image.Image]) -> View:
+        """The shorter side resized to the image size, centre crop."""
+        return View(torch.stack([self._tensor(s, centre_box(s.width, s.height), False) for s in samples]), "vision")
+
+    def _tensor(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> Tensor:
+        """Cut `box`, resize it to the image size in one go, normalise. (C, H, W)."""
+        cut = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        pixels = np.asarray(cut, np.float32).reshape(self.size, self.size, self.channels)
+        if flip:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(((pixels - self.mean) / self.std).transpose(2, 0, 1)))
+
+
+def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest centred square: left, top, right, bottom in pixels."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], aspect: tuple[float, float], draw: torch.Generator
+) -> tuple[int, int, int, int]:
+    """A box of random area and aspect ratio, as torchvision's RandomResizedCrop draws it: left, top, width, height in pixels.
+
+    After ten boxes that do not fit, the largest centred box within the aspect limits.
+    """
+    for _ in range(10):
+        u = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * u[0])
+        ratio = math.exp(math.log(aspect[0]) + (math.log(aspect[1]) - math.log(aspect[0])) * u[1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, (), generator=draw))
+            top = int(torch.randint(height - h + 1, (), generator=draw))
+            return left, top, w, h
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (width - w) // 2, (height - h) // 2, max(w, 1), max(h, 1)

@@ -1,0 +1,63 @@
+"""The same training in a plain accelerate loop: no Trainer, nothing hidden. Copy it when the Trainer is in your way.
+
+accelerate launch recipes/no_trainer.py RECIPE [key=value ...]
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.utils.data import DataLoader
+
+from mmssl.config import Recipe
+from mmssl.data.dataset import KeyedDataset
+from mmssl.data.quarantine import Quarantine
+from mmssl.data.sampler import KeyBatches
+from mmssl.data.sources import open_source
+from mmssl.random import row_keys
+from mmssl.registry import modality
+from mmssl.training.objective import Objective
+from mmssl.training.optim import build_optimizer, schedule, set_rates
+from mmssl.types import Clock
+
+
+def train(recipe: Recipe) -> list[float]:
+    """Train without micro-batches, probes and checkpoints. Returns: the loss of each step on this process."""
+    accelerator = Accelerator(
+        cpu=recipe.train.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)],
+    )
+    rank, world, seed = accelerator.process_index, accelerator.num_processes, recipe.train.seed
+    kind, views = modality(recipe.data.modality), recipe.build_views()
+    source = open_source(recipe.data, kind, recipe.data.split)
+    data = KeyedDataset(source, kind, views, seed, Quarantine(None, recipe.data.max_bad, recipe.data.min_bad))
+    per_epoch = source.size // recipe.train.global_batch
+    steps = recipe.train.steps or round((recipe.train.epochs or 1) * per_epoch)
+    micro = recipe.train.global_batch // world
+    keys = KeyBatches(source.size, recipe.train.global_batch, micro, rank, world, steps, seed)
+    loader = DataLoader(data, batch_sampler=keys, collate_fn=data.collate, num_workers=recipe.data.workers)
+
+    objective = Objective(recipe.build()).to(accelerator.device)
+    optimizer, rate = build_optimizer(objective, recipe.optim), schedule(recipe.optim)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    losses = []
+    for step, batch in enumerate(loader):
+        clock = Clock(step, steps, step // per_epoch)
+        set_rates(optimizer, rate(clock))
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        out = model(batch, row_keys(seed, step, 0, micro, rank, world), clock)
+        accelerator.backward(out["total"])
+        if recipe.optim.clip:
+            accelerator.clip_grad_norm_(objective.parameters(), recipe.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.method.after_step(clock._replace(step=step + 1))  # the teacher moves after the student
+        losses.append(float(out["loss"]))
+        if accelerator.is_main_process and step % recipe.train.log_every == 0:
+            print(f"step {step}  loss {losses[-1]:.5f}")
+    return losses
+
+
+if __name__ == "__main__":
+    train(Recipe.load(sys.argv[1], *sys.argv[2:]))

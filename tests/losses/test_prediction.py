@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+
+from mmssl.losses import average_layers, data2vec_regression, instance_norm, token_std
+from mmssl.types import Mask
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mask_of(rows, length, hidden, seed=0):
+    order = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return Mask.of(order < hidden)
+
+
+# Regression
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_regression_matches_a_slow_loop(copies, scale):
+    prediction, target, mask = drawn(2 * copies, 5, 4), drawn(2, 5, 4, seed=1), mask_of(2 * copies, 5, 3)
+    total = 0.0
+    for row in range(2 * copies):
+        for token in range(5):
+            if mask.hidden[row, token]:
+                error = sum((float(prediction[row, token, d]) - float(target[row // copies, token, d])) ** 2 for d in range(4))
+                total += error * (0.5 if scale is None else scale)  # 4 ** -0.5
+    found = data2vec_regression(prediction, target, mask, scale)
+    assert_close(found, torch.tensor(total / (2 * copies * 3), dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_regression_of_single_vectors_averages_over_rows():
+    prediction, target = drawn(6, 9), drawn(2, 9, seed=1)
+    rows = [sum((float(prediction[r, d]) - float(target[r // 3, d])) ** 2 for d in range(9)) / 3 for r in range(6)]
+    found = data2vec_regression(prediction, target)
+    assert_close(found, torch.tensor(sum(rows) / 6, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_regression_is_computed_in_fp32_unless_it_comes_in_double():
+    prediction, target = drawn(2, 5, 64), drawn(2, 5, 64, seed=1)
+    low = data2vec_regression(prediction.bfloat16(), target.bfloat16())
+    assert low.dtype == torch.float32
+    exact = data2vec_regression(prediction.bfloat16().double(), target.bfloat16().double())
+    assert exact.dtype == torch.float64
+    assert_close(low.double(), exact, rtol=1e-6, atol=0)  # bf16 arithmetic would be off by 1e-3
+    assert average_layers([target.bfloat16()], 1).dtype == torch.float32
+    assert average_layers([target], 1).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 5, 4), (2, 5, 3)), ((2, 5, 4), (2, 4, 4)), ((3, 5, 4), (2, 5, 4))])
+def test_shapes_that_do_not_fit_are_refused(first, second):
+    with pytest.raises(ValueError, match="do not fit"):
+        data2vec_regression(drawn(*first), drawn(*second))
+
+
+@pytest.mark.parametrize(("dim", "wanted"), [(768, 27.713), (1024, 32.0)])
+def test_a_zero_prediction_of_an_image_target_scores_the_root_of_its_width(dim, wanted):
+    target = average_layers([drawn(2, 6, dim, seed=i) for i in range(3)], 3)
+    found = float(data2vec_regression(torch.zeros(4, 6, dim, dtype=torch.float64), target, mask_of(4, 6, 4)))
+    assert abs(found / wanted - 1) < 1e-3
+
+
+# Targets
+
+
+def test_average_layers_matches_a_slow_loop():
+    layers = [drawn(2, 5, 3, seed=i) * (i + 1) + i for i in range(4)]
+    wanted = torch.zeros(2, 5, 3, dtype=torch.float64)
+    for sample in range(2):
+        for channel in range(3):
+            for layer in layers[-2:]:
+                values = [float(v) for v in layer[sample, :, channel]]
+                mean = sum(values) / 5
+                variance = sum((v - mean) ** 2 for v in values) / 5  # biased
+                for token, value in enumerate(values):
+                    wanted[sample, token, channel] += (value - mean) / math.sqrt(variance + 1e-5) / 2
+    assert_close(average_layers(layers, 2, final_norm=False), wanted, rtol=1e-10, atol=1e-12)
+    for sample in range(2):
+        for token in range(5):
+            values = [float(v) for v in wanted[sample, token]]
+            mean = sum(values) / 3
+            variance = sum((v - mean) ** 2 for v in values) / 3
+            wanted[sample, token] = torch.tensor([(v - mean) / math.sqrt(variance + 1e-5) for v in values])
+    assert_close(average_layers(layers, 2), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_an_image_target_has_mean_zero_and_mean_square_one_in_each_token():
+    target = average_layers([drawn(2, 30, 64, seed=i) for i in range(4)], 3)
+    assert_close(target.mean(-1), torch.zeros(2, 30, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(target.square().mean(-1), torch.ones(2, 30, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+def test_equal_layers_average_to_variance_one_and_independent_ones_to_one_over_their_number():
+    layers = [drawn(2, 400, 32, seed=i) for i in range(8)]
+    same = average_layers([layers[0]] * 8, 8, final_norm=False)
+    assert_close(same.var(1, correction=0), torch.ones(2, 32, dtype=torch.float64), rtol=0, atol=1e-4)
+    mixed = average_layers(layers, 8, final_norm=False).var(1, correction=0).mean()
+    assert abs(float(mixed) * 8 - 1) < 0.05
+
+
+def test_without_the_final_norm_the_mean_target_is_zero_and_with_it_it_is_not():
+    layers = [drawn(2, 20, 16, seed=i) for i in range(4)]
+    assert average_layers(layers, 4, final_norm=False).mean(1).abs().max() < 1e-12
+    assert average_layers(layers, 4).mean(1).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [0, 3, -1])
+def test_more_layers_than_there_are_cannot_be_averaged(top_k):
+    with pytest.raises(ValueError, match=f"^top_k: {top_k} "):
+        average_layers([drawn(1, 2, 2)] * 2, top_k)
+
+
+def test_instance_norm_of_a_constant_channel_is_zero():
+    assert instance_norm(torch.full((1, 4, 2), 3.0)).tolist() == [[[0.0, 0.0]] * 4]
+
+
+# Monitoring
+
+
+def test_token_std_is_the_deviation_of_the_selected_tokens():
+    tokens, mask = drawn(2, 7, 5) * 3 + 1, mask_of(6, 7, 4)
+    selected = torch.stack([tokens[row // 3, token] for row in range(6) for token in range(7) if mask.hidden[row, token]])
+    assert_close(token_std(tokens, mask), (selected.var(0) + 1e-6).sqrt().mean(), rtol=1e-12, atol=0)
+    rows = drawn(6, 7, 5, seed=2)
+    assert_close(token_std(rows, mask), (rows[mask.hidden].var(0) + 1e-6).sqrt().mean(), rtol=1e-12, atol=0)
+    assert_close(token_std(tokens), (tokens.flatten(0, 1).var(0) + 1e-6).sqrt().mean(), rtol=1e-12, atol=0)
+
+
+def test_token_std_of_a_constant_is_a_thousandth_and_of_normalised_noise_one():
+    for constant in (0.0, 2.0, 5.0):
+        assert abs(float(token_std(torch.full((4, 50, 8), constant))) - 0.001) < 1e-6
+    assert abs(float(token_std(average_layers([drawn(8, 50, 64)], 1))) - 1) < 0.02
+
+
+def test_token_std_has_no_gradient_and_takes_bf16():
+    tokens = drawn(2, 40, 8).bfloat16().requires_grad_()
+    found = token_std(tokens)
+    assert (found.dtype, found.requires_grad) == (torch.float32, False)
+    assert_close(found.double(), token_std(tokens.detach().double()), rtol=1e-5, atol=0)
+
+
+def measure(rank, folder):
+    """On one of two ranks: the deviation of half of the tokens, of which the ranks have different numbers."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    tokens = drawn(5, 6, 4)[: 2 if rank == 0 else 5][0 if rank == 0 else 2 :]
+    mask = Mask.of(mask_of(5, 6, 4).hidden[:2] if rank == 0 else mask_of(5, 6, 4).hidden[2:])
+    torch.save(token_std(tokens, mask), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_token_std_on_two_ranks_is_that_of_all_tokens(tmp_path):
+    mp.spawn(measure, (str(tmp_path),), nprocs=2)
+    whole = token_std(drawn(5, 6, 4), mask_of(5, 6, 4))
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-12, atol=0)
