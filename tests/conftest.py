@@ -14,6 +14,8 @@ from mmssl.random import generator
 from mmssl.types import Batch, Mask, View
 from modalities.vision.masks import inverse_blocks
 
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -6,7 +6,7 @@ from mmssl.random import generator, key, normal, permutation, row_keys
 
 
 def test_a_key_depends_on_every_part_its_type_and_the_order():
-    tuples = list(itertools.product((0, 1, "0", "view"), repeat=3)) + [(0,), (0, 0), ("0\x1fint:0",), ("00",), (-1,), ("",)]
+    tuples = [*itertools.product((0, 1, "0", "view"), repeat=3), (0,), (0, 0), ("0\x1fint:0",), ("00",), (-1,), ("",)]
     keys = [key(*parts) for parts in tuples]
     assert len(set(keys)) == len(tuples)
     assert all(0 <= k < 2**63 for k in keys)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -69,6 +69,16 @@ def export_encoder(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
+    """What a run trained beside the encoder (decoder, heads, other network), so that anyone can go on from it."""
+    rest = {n.removeprefix("method."): t for n, t in tensors.items() if not n.startswith(STEMS["student"])}
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".tmp-heads-{os.getpid()}"
+    save_file(rest, aside, {"format": "pt"})
+    aside.chmod(0o666 & ~umask())
+    aside.replace(path / "heads.safetensors")
 
 
 @contextlib.contextmanager

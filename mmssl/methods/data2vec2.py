@@ -42,7 +42,7 @@ class Data2Vec2(Method):
         if view.mask is None:
             raise ValueError("views.mask: data2vec2 needs masks")
         whole = self.teacher.encoder(view, collect="ffn")  # once, whatever M
-        target = average_layers(whole.layers, self.top_k)  # (B, L, D)
+        target = average_layers(whole.layers, self.top_k).detach()  # (B, L, D), a constant even to the input
         features = encoder.features(view.x)  # (B, L, D), shared by the M masks
         visible = encoder.contextualize(features, view.mask)  # tokens (M*B, L_visible, D)
         rebuilt = self.decoder(visible.tokens, view.mask, batch.keys)  # (M*B, L, D)

@@ -12,7 +12,6 @@ from mmssl.distributed import all_sum
 from mmssl.methods.method import Method
 from mmssl.types import Batch, Clock
 
-
 # The probe's gradients must not weigh in the norm that DeepSpeed clips by. Adam is blind to the scale of a loss.
 PROBE_SCALE = 1e-4
 

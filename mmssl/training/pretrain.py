@@ -20,16 +20,16 @@ from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import Source, open_source
 from mmssl.distributed import all_sum, barrier, rank, world
-from mmssl.errors import CheckpointError, MmsslError, RecipeError, storage_error
+from mmssl.errors import CheckpointError, DataError, MmsslError, NonFiniteError, RecipeError, storage_error
 from mmssl.evaluate import collapse, knn
 from mmssl.evaluate.features import Sets, embed, open_sets
-from mmssl.hub.export import export_encoder, load_weights
+from mmssl.hub.export import export_encoder, export_heads, load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, modality
 from mmssl.training import checkpoint
 from mmssl.training.objective import Objective
 from mmssl.training.progress import Progress
-from mmssl.training.run_folder import RunFolder
+from mmssl.training.run_folder import RunFolder, write_atomic
 from mmssl.training.state import load_model_state, model_state, optimizer_state
 from mmssl.training.trainer import SelfSupervisedTrainer
 
@@ -149,6 +149,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     cpu = recipe.train.device == "cpu" or forced_cpu or not torch.cuda.is_available()
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
+    import_deepspeed()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro, accumulation = batch_split(recipe, processes)
     return TrainingArguments(
@@ -178,6 +179,21 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     )
 
 
+def import_deepspeed() -> None:
+    """Before the progress bar starts: accelerate imports it sooner or later, and it then tries compilers aloud on stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import deepspeed  # noqa: F401
+    except Exception as error:  # only a DeepSpeed run needs it, and that one meets the same error again
+        logging.getLogger("mmssl").info("deepspeed cannot be imported: %s", error)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
     """Samples of a micro-batch and micro-batches of an update on each rank. Raises: RecipeError if they do not divide."""
     share, rest = divmod(recipe.train.global_batch, processes)
@@ -192,7 +208,7 @@ def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
 
 def steps_per_epoch(recipe: Recipe, source: Source) -> int:
     """Updates in one pass over the data. Raises: RecipeError if the data do not fill one batch."""
-    if recipe.data.streaming:
+    if source.streaming:
         return recipe.train.steps or 1
     count, batch = source.size, recipe.train.global_batch
     if count < batch:
@@ -223,8 +239,7 @@ class Run:
         args.max_steps = self.steps
         self.views = recipe.build_views()
         self.quarantine = Quarantine(folder.path / "quarantine.jsonl", recipe.data.max_bad, recipe.data.min_bad)
-        stream = recipe.data.streaming
-        if stream:
+        if source.streaming:
             self.dataset: Any = None
             self.stream = lambda first: KeyedStream(
                 source,
@@ -243,7 +258,7 @@ class Run:
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
         self.sets: Sets | None = None
-        if not stream or recipe.watch.path:
+        if not source.streaming or recipe.watch.path:
             self.sets = open_sets(recipe.data, recipe.watch, kind, self.views, recipe.train.seed)
         method = recipe.build()
         if recipe.model.init:  # type: ignore[attr-defined]
@@ -269,7 +284,7 @@ class Run:
             self.progress.report,
             self._probe,
             self._save,
-            lambda: self.quarantine.message() if self.quarantine.over() else None,
+            self.quarantine,
             start,
             applied,
             moments,
@@ -285,7 +300,7 @@ class Run:
             "prefetch_factor": 4 if workers else None,
             "worker_init_fn": _quiet_worker if workers else None,
         }
-        if self.recipe.data.streaming:
+        if self.source.streaming:
             return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
         keys = KeyBatches(
             self.source.size,
@@ -317,7 +332,10 @@ class Run:
         """To the end, or to a signal."""
         self.folder.status("running", step=self.trainer.start, steps=self.steps, launch=self.launch())
         with self.progress:
-            self.trainer.run()
+            try:
+                self.trainer.run()
+            except DataError:  # from a worker it comes with a traceback in its text
+                raise DataError(self.quarantine.message()) from None
         state = "preempted" if self.trainer.stop_signal is not None else "finished"
         self.folder.status(state, step=self.trainer.state.global_step, steps=self.steps)
 
@@ -359,6 +377,9 @@ class Run:
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         """Checkpoint and `model/`, written by the main process from whole tensors."""
         tensors = {"model": model_state(self.objective), "optimizer": optimizer_state(self.objective, trainer.optimizer)}
+        broken = [n for part in tensors.values() for n, t in part.items() if not bool(t.isfinite().all())]
+        if broken:
+            raise NonFiniteError(f"{broken[0]} is not finite at step {trainer.state.global_step}; nothing was saved.")
         problem: Exception | None = None
         if self.folder.is_main:
             step = trainer.state.global_step
@@ -366,6 +387,8 @@ class Run:
             try:
                 checkpoint.save(self.folder.checkpoints, step, tensors, state, self.recipe.save.keep)
                 export_encoder(self.recipe, self.views, tensors["model"], self.folder.model, metrics=trainer.metrics, step=step)
+                export_heads(tensors["model"], self.folder.heads)
+                write_atomic(self.folder.card, (self.folder.model / "README.md").read_text("utf-8"))
                 self.folder.status("running", step=step, steps=self.steps)
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problem = error

@@ -361,7 +361,7 @@ class RunFolder:
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, error (text), code, ...; step and steps stay as they were if not given.
+            facts: step, steps, launch, error (text), code, ...; the first three stay as they were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -370,7 +370,8 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        known = {"step": before.get("step"), "steps": before.get("steps"), **who, "error": None, **facts}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch")}
+        known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")
 

@@ -57,6 +57,8 @@ def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, 
     """After the engine was built."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     zero = hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
+    if zero:
+        _create_zero_moments(inner)
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad or f"{name}.step" not in saved:
             continue
@@ -72,6 +74,16 @@ def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, 
         for state in inner.optimizer.state.values():  # type: ignore[attr-defined]
             if steps and "step" in state:
                 state["step"] = steps[0].clone() if torch.is_tensor(state["step"]) else float(steps[0])
+
+
+def _create_zero_moments(inner: Any) -> None:
+    """A fresh engine has no moments to write into before its first step. Raises: CheckpointError below stage 3."""
+    if not hasattr(inner, "fp32_partitioned_groups_flat"):
+        raise CheckpointError(
+            "Resuming under ZeRO-1 or ZeRO-2 is not supported; resume on one process, under DDP or under ZeRO-3."
+        )
+    for flat in inner.fp32_partitioned_groups_flat:
+        inner.optimizer.state[flat] = {"step": torch.zeros(())} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
 
 
 def _zero_moment(parameter: Any, moment: str) -> Any:

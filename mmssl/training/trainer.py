@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmssl.config import Recipe
+from mmssl.data.quarantine import Quarantine
 from mmssl.distributed import all_max, all_sum, check_world, rank, world
 from mmssl.errors import DataError, NonFiniteError
 from mmssl.random import row_keys
@@ -68,7 +69,7 @@ class SelfSupervisedTrainer(Trainer):
         report: called with a metrics dict at each logged step, on the main process.
         probe: called every `watch.every` updates on all ranks; returns metrics.
         save: called at each save with the step, on all ranks.
-        data_over: says whether too many samples were unreadable, and why.
+        quarantine: counts unreadable samples.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class SelfSupervisedTrainer(Trainer):
         report: Callable[[dict[str, Any]], None],
         probe: Callable[[SelfSupervisedTrainer], dict[str, float]],
         save: Callable[[SelfSupervisedTrainer], None],
-        data_over: Callable[[], str | None],
+        quarantine: Quarantine,
         start: int = 0,
         applied: int = 0,
         optimizer_state: dict[str, Tensor] | None = None,
@@ -92,7 +93,7 @@ class SelfSupervisedTrainer(Trainer):
         check_world(self.accelerator.num_processes)
         self.objective, self.recipe = objective, recipe
         self.steps, self.epoch_steps, self.loader = steps, epoch_steps, loader
-        self.report, self.probe, self.save_run, self.data_over = report, probe, save, data_over
+        self.report, self.probe, self.save_run, self.quarantine = report, probe, save, quarantine
         self.start, self.applied, self._optimizer_state = start, applied, optimizer_state
         self.rate = schedule(recipe.optim)
         self.micro, self.spoilt, self.skips = 0, False, 0
@@ -208,18 +209,18 @@ class SelfSupervisedTrainer(Trainer):
             self.skips = 0
             self.applied += 1
             self.objective.method.after_step(self.clock)
-        reason = self.data_over()
-        stop = all_max(
-            torch.tensor([float(self.stop_signal or 0), float(reason is not None)], device=self.args.device)
-        ).tolist()
-        if stop[1]:
-            raise DataError(reason or "Another process found too many unreadable samples; its log names them.")
+        mine = [float(self.stop_signal is not None), *self.quarantine.totals()]
+        stop, bad, seen = all_sum(torch.tensor(mine, device=self.args.device)).tolist()
+        if self.quarantine.over(int(bad), int(seen)):
+            raise DataError(self.quarantine.message())
         last = self.state.global_step >= self.steps
-        if stop[0]:
-            self.stop_signal = int(stop[0])
+        if stop:
+            self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank was told to stop
             control.should_training_stop = control.should_save = True
+        if self.skips and not stop:
+            control.should_save = False  # wait for an update that works: older checkpoints must not rotate away meanwhile
         every = self.recipe.watch.every
-        control.should_evaluate = not stop[0] and bool(last or (every and self.state.global_step % every == 0))
+        control.should_evaluate = not stop and bool(last or (every and self.state.global_step % every == 0))
         control.should_log = last or self.state.global_step % self.recipe.train.log_every == 0
 
     # Logging, probes, saving -----------------------------------------------------------------------------------------

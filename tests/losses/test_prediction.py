@@ -86,7 +86,7 @@ def test_average_layers_matches_a_slow_loop():
             values = [float(v) for v in wanted[sample, token]]
             mean = sum(values) / 3
             variance = sum((v - mean) ** 2 for v in values) / 3
-            wanted[sample, token] = torch.tensor([(v - mean) / math.sqrt(variance + 1e-5) for v in values])
+            wanted[sample, token] = torch.tensor([(v - mean) / math.sqrt(variance + 1e-5) for v in values], dtype=torch.float64)
     assert_close(average_layers(layers, 2), wanted, rtol=1e-10, atol=1e-12)
 
 

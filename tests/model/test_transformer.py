@@ -72,6 +72,7 @@ def by_hand(block, x):
     return torch.stack([norm(block.norm2, r + f) for r, f in zip(rows, ffn)]), torch.stack(ffn)
 
 
+@torch.no_grad()
 def test_attention_is_an_explicit_softmax():
     layer, x = randomised(Attention(12, 3)), tokens(2, 5, 12)
     wanted = torch.stack([torch.stack(attention(layer, list(sample))) for sample in x])
@@ -87,6 +88,7 @@ def test_a_block_and_its_collected_mlp_output_match_a_slow_loop(kind):
         assert_close(ffn, wanted_ffn, rtol=1e-10, atol=1e-12)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["post", "pre"])
 def test_the_transformer_is_its_blocks_in_order_with_norms_where_they_belong(kind):
     net, x = randomised(Transformer(8, 2, 2, prenet_depth=1, mlp_ratio=2.0, norm=kind, extra_tokens=2)), tokens(1, 3, 8)
@@ -108,7 +110,7 @@ def test_the_transformer_is_its_blocks_in_order_with_norms_where_they_belong(kin
 
 
 def test_a_pre_norm_block_is_the_layer_of_a_vit():
-    theirs = ViTLayer(ViTConfig(hidden_size=24, num_attention_heads=4, intermediate_size=48, attn_implementation="eager"))
+    theirs = ViTLayer(ViTConfig(hidden_size=24, num_attention_heads=4, intermediate_size=48, attn_implementation="sdpa"))
     theirs, ours = randomised(theirs, 2), randomised(Block(24, 4, 2.0, "pre", eps=1e-12))
     a = theirs.attention
     ours.attn.qkv.weight.data = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
@@ -180,7 +182,9 @@ def test_an_impossible_encoder_is_refused_by_the_name_of_the_option(options, wor
 def test_fresh_weights_are_drawn_as_data2vec_draws_them():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = Encoder.from_config(MmsslConfig(hidden_size=64, depth=2, heads=2, image_size=32, patch_size=8, extra_tokens=99))
+        encoder = Encoder.from_config(
+            MmsslConfig(hidden_size=64, depth=2, heads=2, image_size=32, patch_size=8, extra_tokens=99)
+        )
     for module in encoder.transformer.modules():
         if isinstance(module, nn.Linear):
             assert abs(float(module.weight.std()) / 0.02 - 1) < 0.05

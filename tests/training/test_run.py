@@ -1,0 +1,347 @@
+"""Whole runs: what a user does, and what can go wrong on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmssl.config import Recipe
+from mmssl.errors import DataError, NonFiniteError, RecipeError
+from mmssl.training import checkpoint
+from mmssl.training.pretrain import pretrain
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "train.log_every=1 save.keep=3 watch.every=0 model.depth=2 model.hidden_size=32 model.heads=2 method.top_k=2 train.global_batch=16 "
+    "method.decoder={dim: 32, groups: 4, layers: 2} optim.warmup=2 data.workers=0 train.steps=12 save.every=4 train.threads=1"
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Forty images of stripes in two classes, with a test split."""
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 8)):
+        for i in range(count):
+            name = "rows" if i % 2 else "columns"
+            stripes = np.tile((np.arange(32) // 4 % 2 * 200).astype(np.uint8), (32, 1))
+            pixels = (stripes.T if i % 2 else stripes) + draw.integers(0, 55, (32, 32), dtype=np.uint8)
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / split / name / f"{i:02}.png")
+    return folder
+
+
+def words(images: Path, out: Path, *more: str) -> list[str]:
+    """Command-line words of a tiny run; values with spaces stay whole."""
+    tiny = [w.replace("\0", " ") for w in TINY.replace(": ", ":\0").replace(", ", ",\0").split()]
+    return ["vision/data2vec2-demo", f"data.path={images}", f"out={out}", *tiny, *more]
+
+
+def recipe(images: Path, out: Path, *more: str) -> Recipe:
+    name, *overrides = words(images, out, *more)
+    return Recipe.load(name, *overrides)
+
+
+def curve(run: Path) -> dict[int, float]:
+    """Step -> loss, exactly as written."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mmssl", *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    return pretrain(recipe(images, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_a_run_leaves_what_the_contract_names(whole):
+    for name in ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "README.md"):
+        assert (whole / name).is_file(), name
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_mmssl.py", "README.md"} <= {
+        file.name for file in (whole / "model").iterdir()
+    }
+    status = json.loads((whole / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"]) == ("finished", 12, 12)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 13)]
+    for line in lines:
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(line["loss/tokens"] + line["loss/cls"], rel=1e-6)
+            assert {"lr", "speed/samples_per_s", "health/target_std", "health/prediction_std", "health/feature_std"} <= {*line}
+    assert {"probe/test/knn", "probe/test/linear", "health/rankme"} <= {*lines[-1]}
+
+
+def test_a_killed_run_resumes_with_a_bit_identical_curve(whole, images, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmssl", "pretrain", *words(images, out, "data.workers=1")],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and checkpoint.find(out / "checkpoints", hashes=False)[0] is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = checkpoint.find(out / "checkpoints")[0]
+    assert newest is not None
+    assert checkpoint.step_of(newest) < 12, "killed too late to prove anything"
+    assert command("status", str(out)).returncode == 75
+    done = command("resume", str(out))
+    assert done.returncode == 0, done.stderr
+    assert curve(out) == curve(whole)  # the same bits, with another number of workers
+    mine, theirs = (checkpoint.load(checkpoint.find(run / "checkpoints")[0])[0] for run in (out, whole))
+    for part in theirs:
+        assert mine[part].keys() == theirs[part].keys()
+        assert all(torch.equal(mine[part][name], theirs[part][name]) for name in theirs[part])
+    assert command("status", str(out)).returncode == 0
+
+
+def test_the_first_signal_saves_and_the_run_goes_on_later(whole, images, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmssl", "pretrain", *words(images, out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not curve(out) if (out / "metrics.jsonl").exists() else time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    state = json.loads((out / "status.json").read_text())
+    assert state["state"] == "preempted"
+    assert checkpoint.step_of(checkpoint.find(out / "checkpoints")[0]) == state["step"] < 12
+    assert command("status", str(out)).returncode == 75
+    assert command("resume", str(out)).returncode == 0
+    assert curve(out) == curve(whole)
+
+
+def test_a_plain_accelerate_loop_gives_the_same_losses(whole, images, tmp_path):
+    script = (
+        "import sys, json; sys.path.insert(0, 'recipes')\nfrom no_trainer import train\nfrom mmssl.config import Recipe\n"
+        f"import torch; torch.set_num_threads(1)\nprint(json.dumps(train(Recipe.load(*{words(images, tmp_path)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([*curve(whole).values()], rel=1e-6)
+
+
+def test_micro_batches_do_not_change_the_curve(whole, images, tmp_path):
+    split = pretrain(recipe(images, tmp_path / "run", "train.micro_batch=4", "train.steps=4", "watch.linear=false"))
+    whole_lr = pretrain(recipe(images, tmp_path / "whole", "train.steps=4", "watch.linear=false"))
+    assert [*curve(split).values()] == pytest.approx([*curve(whole_lr).values()], rel=2e-6)
+
+
+def launch(profile: str, images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    binary = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", f"recipes/accelerate/{profile}.yaml"]
+    return subprocess.run(
+        [*binary, "recipes/pretrain.py", *words(images, out, *more)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("profile", "kind", "stage"), [("cpu2-ddp", "MULTI_CPU", None), ("cpu2-zero3", "DEEPSPEED", 3)])
+def test_two_processes_equal_one_and_resume(profile, kind, stage, whole, images, tmp_path):
+    if stage and not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
+    out = tmp_path / "run"
+    done = launch(profile, images, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((out / "status.json").read_text())["launch"]
+    assert facts["distributed"] == kind
+    assert facts["processes"] == {"accelerate": 2, "torch": 2, "launcher": 2}
+    assert facts["zero_stage"] == stage
+    assert [*curve(out).values()] == pytest.approx([*curve(whole).values()], rel=1e-5)
+    mine, theirs = (checkpoint.load(checkpoint.find(run / "checkpoints")[0])[0]["model"] for run in (out, whole))
+    teacher = [name for name in theirs if name.startswith("method.teacher.")]
+    for name in teacher:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    start = recipe(images, tmp_path).build().state_dict()
+    moved = [name for name in teacher if not torch.equal(mine[name], start[name.removeprefix("method.")])]
+    assert len(moved) == len(teacher) - 1  # all but the fixed positions
+
+    # Lose the last third, go on from step 8 on two processes.
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    before = curve(out)
+    launcher = [
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--config_file",
+        f"recipes/accelerate/{profile}.yaml",
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    again = subprocess.run(
+        [*launcher, "-m", "mmssl", "resume", str(out)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert curve(out) == pytest.approx(before, rel=1e-6)
+
+
+def test_contradicting_launch_settings_are_refused(images, tmp_path):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
+    done = command("pretrain", *words(images, tmp_path / "run"), env=environment)
+    assert done.returncode == 2
+    assert "ACCELERATE_USE_CPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_non_finite_loss_is_skipped_and_never_logged_as_zero(images, tmp_path, monkeypatch):
+    from mmssl.methods.data2vec2 import Data2Vec2
+
+    forward, calls = Data2Vec2.forward, []
+
+    def poisoned(self, batch, clock):
+        out = forward(self, batch, clock)
+        calls.append({n: p.detach().clone() for n, p in self.named_parameters()} | {"teacher": clone(self.teacher)})
+        return out._replace(losses={n: t * float("nan") for n, t in out.losses.items()}) if len(calls) == 3 else out
+
+    def clone(teacher):
+        return torch.cat([p.flatten() for p in teacher.network.parameters()]).clone()
+
+    monkeypatch.setattr(Data2Vec2, "forward", poisoned)
+    run = pretrain(recipe(images, tmp_path / "run", "train.steps=6", "save.every=6"))
+    lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line}
+    assert lines[3]["loss"] is None
+    assert lines[3]["skipped"] == 1
+    assert all(lines[step]["loss"] > 0 for step in (1, 2, 4, 5, 6))
+    assert all(torch.equal(calls[2][name], calls[3][name]) for name in calls[2])  # weights and teacher as before the bad batch
+    assert not torch.equal(calls[3]["teacher"], calls[4]["teacher"])
+    state = json.loads((checkpoint.find(run / "checkpoints")[0] / "state.json").read_text())
+    assert (state["step"], state["applied"]) == (6, 5)
+
+
+def test_a_non_finite_gradient_is_skipped(images, tmp_path, monkeypatch):
+    from mmssl.methods.data2vec2 import Data2Vec2
+
+    forward, weights = Data2Vec2.forward, []
+
+    def poisoned(self, batch, clock):
+        out = forward(self, batch, clock)
+        weights.append(self.student.encoder.features.proj.weight.detach().clone())
+        if len(weights) == 3:  # sqrt at 0: finite value, infinite slope
+            out.losses["tokens"] = out.losses["tokens"] + (self.student.encoder.features.proj.weight * 0).sum().abs().sqrt()
+        return out
+
+    monkeypatch.setattr(Data2Vec2, "forward", poisoned)
+    run = pretrain(recipe(images, tmp_path / "run", "train.steps=5", "save.every=5"))
+    assert torch.equal(weights[2], weights[3])
+    assert not torch.equal(weights[3], weights[4])
+    tensors, state = checkpoint.load(checkpoint.find(run / "checkpoints")[0])
+    assert state["applied"] == 4
+    assert all(bool(t.isfinite().all()) for t in tensors["model"].values())
+
+
+def test_a_run_that_stays_non_finite_stops_with_status_4(images, tmp_path, monkeypatch):
+    from mmssl.methods.data2vec2 import Data2Vec2
+
+    forward = Data2Vec2.forward
+
+    def poisoned(self, batch, clock):
+        out = forward(self, batch, clock)
+        return out._replace(losses={n: t * float("inf") for n, t in out.losses.items()}) if clock.step >= 5 else out
+
+    monkeypatch.setattr(Data2Vec2, "forward", poisoned)
+    with pytest.raises(NonFiniteError, match=r"optim\.lr"):
+        pretrain(recipe(images, tmp_path / "run"))
+    assert checkpoint.step_of(checkpoint.find(tmp_path / "run" / "checkpoints")[0]) == 4
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", 4)
+
+
+def test_an_existing_run_is_refused_unless_told(whole, images):
+    before = (whole / "metrics.jsonl").read_text()
+    with pytest.raises(RecipeError, match="overwrite=true"):
+        pretrain(recipe(images, whole))
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_unreadable_images_are_replaced_and_named(images, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    victim = sorted((data / "train" / "rows").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    run = pretrain(recipe(data, tmp_path / "run", "train.steps=4", "save.every=4"))
+    ledger = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert {Path(line["identity"]).name for line in ledger} == {victim.name}
+
+
+def test_too_many_unreadable_images_stop_the_run_with_status_3(images, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    for victim in sorted((data / "train" / "rows").iterdir())[:8]:
+        victim.write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"\.png"):
+        pretrain(recipe(data, tmp_path / "run", "data.max_bad=0", "data.min_bad=2"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 3
+
+
+def test_a_folder_without_a_readable_image_is_refused_by_name(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(40):
+        (data / f"{i}.png").write_bytes(b"")
+    done = command("pretrain", *words(data, tmp_path / "run"))
+    assert done.returncode == 3
+    assert ".png" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_leave_no_run_folder_and_no_traceback(images, tmp_path):
+    for more, name in (
+        ("data.path=nowhere", "nowhere"),
+        ("train.global_batch=64", "train.global_batch"),
+        ("optim.lrr=1", "optim.lrr"),
+    ):
+        done = command("pretrain", *words(images, tmp_path / "run", more))
+        assert done.returncode == 2, done.stderr
+        assert name in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_at_a_save_is_one_sentence_and_keeps_the_last_checkpoint(images, tmp_path):
+    """The disk is a file-size limit: the first save fits, the second has a larger file."""
+    script = (
+        "import resource, sys; from mmssl.training import checkpoint, pretrain\n"
+        "from mmssl.cli import main\nimport signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save = checkpoint.save\n"
+        "def limited(root, step, *rest, **more):\n"
+        "    if step > 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
+        "    try: return save(root, step, *rest, **more)\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        f"checkpoint.save = limited; sys.exit(main(['pretrain', *{words(images, tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 6, done.stderr
+    assert "Traceback" not in done.stderr
+    kept = checkpoint.find(tmp_path / "run" / "checkpoints")[0]
+    assert checkpoint.step_of(kept) == 4
+    assert not [p for p in kept.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_the_model_folder_holds_the_student(whole):
+    exported = load_file(whole / "model" / "model.safetensors")
+    tensors, _ = checkpoint.load(checkpoint.find(whole / "checkpoints")[0])
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, tensors["model"][f"method.student.{name}"])
