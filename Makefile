@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/de
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint results bench clean
+.PHONY: demo test lint results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or 3.12; set PYTHON=/path/to/python"; exit 1; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import math
@@ -28,7 +29,7 @@ MAX_BYTES, MAX_DEPTH = 1_000_000, 32
 class Options(BaseModel):
     """A block of the recipe. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataOptions(Options):
@@ -151,25 +152,26 @@ class Recipe(Options):
             raw["data"] = {"path": raw["data"]}
         problems = []
         name = _sub(raw, "method", "name")
-        if name not in METHODS:
+        known = isinstance(name, str) and name in METHODS
+        if not known:
             problems.append(
                 f"method.name: found {name!r}, known methods are {', '.join(sorted(METHODS))}" + nearest(name, METHODS)
             )
         kind = _sub(raw, "data", "modality")
         try:
-            found = modality(kind) if kind else None
+            found = modality(kind) if isinstance(kind, str) else None
         except RecipeError as error:
             problems.append(str(error))
             found = None
         if kind is None:
             problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
-        chosen = recipe_class(name if name in METHODS else None, found.name if found else None)
+        chosen = recipe_class(name if known else None, found.name if found else None)
         try:
             recipe = chosen.model_validate(raw)
         except ValidationError as error:
             problems += [explain(issue, chosen) for issue in error.errors()]
-            recipe = None
-        if not problems and recipe is not None:
+            recipe = _without(raw, [issue["loc"] for issue in error.errors()], chosen)
+        if recipe is not None and known and found:
             problems += recipe.conflicts()
         if problems or recipe is None:
             listing = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
@@ -180,13 +182,16 @@ class Recipe(Options):
         """Combinations that cannot work, found by building model and views without memory."""
         import torch
 
+        problems = []
         with torch.device("meta"):
             for block, build in (("model", self._encoder), ("views", self.build_views), ("method", self.build)):
                 try:
                     build()
                 except ValueError as error:
-                    return [f"{block}.{error}" if not str(error).startswith(block) else str(error)]
-        return []
+                    problems.append(f"{block}.{error}")
+                    if block == "model":
+                        break  # the others cannot be built on it
+        return problems
 
     def config(self) -> MmsslConfig:
         """The configuration of the encoder that this recipe trains."""
@@ -256,6 +261,21 @@ class _ScheduleOptions(Options):
         return value
 
 
+def _without(raw: dict[str, Any], wrong: list[tuple[Any, ...]], kind: type[Recipe]) -> Recipe | None:
+    """The recipe without its wrong keys, so that what else is wrong can be found at the same time; None if it needs them."""
+    rest = copy.deepcopy(raw)
+    for location in wrong:
+        target: Any = rest
+        for step in location[:-1]:
+            target = target.get(step) if isinstance(target, dict) else None
+        if isinstance(target, dict) and location:
+            target.pop(location[-1], None)
+    try:
+        return kind.model_validate(rest)
+    except ValidationError:
+        return None
+
+
 class _Unchecked(Options):
     model_config = ConfigDict(extra="allow")
 
@@ -294,6 +314,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", name.start_mark)
             if name.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name.value!r} is given twice", name.start_mark)
             seen.add(name.value)

@@ -22,7 +22,7 @@ class Schedule:
     steps: int | None = None
     warmup: int = 0
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     def __call__(self, clock: Clock) -> float:
         """The value for the update that comes next."""

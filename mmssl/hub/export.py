@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -147,8 +148,11 @@ def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
     from mmssl.model import register
 
     register.auto_classes()
+    if not Path(path_or_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
+        raise RecipeError(f"{path_or_id}: no such folder, and no Hub id (ORG/NAME).")
     try:
-        return AutoModel.from_pretrained(str(path_or_id)).eval()
+        with quiet():
+            return AutoModel.from_pretrained(str(path_or_id)).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path_or_id} cannot be loaded as a model: {reason}") from None

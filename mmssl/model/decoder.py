@@ -26,7 +26,7 @@ class ConvDecoderOptions:
     layers: int = 6
     noise: float = 0.01  # standard deviation of the fillers in masked places
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
 class ConvDecoder(nn.Module):
@@ -37,12 +37,12 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, ...], options: ConvDecoderOptions):
         super().__init__()
+        if min(options.dim, options.groups, options.kernel, options.layers) < 1 or options.kernel % 2 == 0:
+            raise ValueError("decoder: dim, groups, kernel and layers must be at least 1, and the kernel odd")
         if options.dim % options.groups or width % options.groups:
             raise ValueError(
                 f"decoder.groups: {options.groups} groups must divide decoder.dim {options.dim} and hidden_size {width}"
             )
-        if options.layers < 1 or options.kernel % 2 == 0:
-            raise ValueError("decoder: at least one layer, and an odd kernel")
         conv = nn.Conv2d if len(grid) == 2 else nn.Conv1d
         widths = [width] + [options.dim] * options.layers
         self.convs = nn.ModuleList(

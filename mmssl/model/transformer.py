@@ -107,6 +107,8 @@ class Transformer(nn.Module):
         super().__init__()
         if dim < 1 or depth < 1 or heads < 1 or prenet_depth < 0 or extra_tokens < 0:
             raise ValueError("hidden_size, depth and heads must be at least 1, prenet_depth and extra_tokens at least 0")
+        if dim * mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio: {mlp_ratio} leaves the MLP without a hidden unit")
         total = prenet_depth + depth
         rates = [drop_path * i / max(total - 1, 1) for i in range(total)]
         blocks = [Block(dim, heads, mlp_ratio, norm, eps, dropout, attention_dropout, rate) for rate in rates]

@@ -31,6 +31,8 @@ class Teacher(Part):
 
     def __init__(self, student: Network, momentum: Schedule):
         super().__init__()
+        if not 0 <= min(momentum.start, momentum.end) <= max(momentum.start, momentum.end) <= 1:
+            raise ValueError(f"momentum: from {momentum.start} to {momentum.end}, must lie between 0 and 1")
         self.momentum = momentum
         if any(is_partitioned(p) for p in student.parameters()):
             raise ValueError("The teacher must be copied before the student is partitioned.")

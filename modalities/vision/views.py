@@ -28,7 +28,7 @@ class MaskOptions:
     copies: int = 16
     inverse: bool = True
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
 class ImageViews:
@@ -57,7 +57,7 @@ class ImageViews:
         self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         if mask is not None:
             share = 1 - mask.ratio if mask.inverse else mask.ratio
-            if not 0 < math.floor(features.length * share) < features.length:
+            if not (0 < mask.ratio < 1 and 0 < math.floor(features.length * share) < features.length):
                 raise ValueError(f"mask.ratio: {mask.ratio} of {features.length} patches leaves nothing or everything visible")
             if mask.copies < 1 or not 1 <= mask.width <= min(self.grid):
                 raise ValueError(f"mask: copies must be at least 1 and width between 1 and {min(self.grid)}")

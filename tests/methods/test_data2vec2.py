@@ -201,6 +201,7 @@ def test_the_decoder_starts_from_visible_tokens_and_keyed_noise(tiny):
     for row in range(24):
         exact(x[row][~mask.hidden[row]], visible[row])
     fillers = x[mask.hidden].view(24, 12, 64)
+    fillers = fillers.detach()
     assert abs(float(fillers.std()) / 0.01 - 1) < 0.03
     assert abs(float(fillers.mean())) < 3e-4
     assert len(fillers.flatten(0, 1).unique(dim=0)) == 24 * 12  # fresh for each place of each clone

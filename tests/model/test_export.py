@@ -34,6 +34,7 @@ find = importlib.util.find_spec  # transformers asks it what is installed
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in LACKS else find(name, package)
 import torch
 from transformers import AutoModel
+torch.set_num_threads(1)  # as in the tests, so that sums have the same order
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 with torch.no_grad():
     out = model(pixel_values=torch.load(sys.argv[2]), output_hidden_states=True)

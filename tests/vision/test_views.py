@@ -58,7 +58,7 @@ def test_crops_are_distributed_as_those_of_torchvision(size, scale, aspect):
         left, top, width, height = boxes.unbind(1)
         area, shape = width * height / (size[0] * size[1]), (width / height).log()
         places = left + width / 2, top + height / 2
-        return torch.stack([area, area.square(), shape, shape.square(), *places, places[0] ** 2, places[1] ** 2])
+        return torch.stack([area, area.square(), shape, shape.square(), area * shape, *places, places[0] ** 2, places[1] ** 2])
 
     one, other = facts(ours), facts(theirs)
     error = ((one.var(1) + other.var(1)) / count).sqrt()
