@@ -10,10 +10,11 @@ from mmssl.model.register import when_transformers_loads
 if TYPE_CHECKING:
     from mmssl.config import Recipe
     from mmssl.evaluate.probe import embed, probe
-    from mmssl.hub.export import export, load_encoder
+    from mmssl.hub.export import load_encoder
     from mmssl.methods import Method
     from mmssl.model.configuration import MmsslConfig
     from mmssl.model.modeling import MmsslModel
+    from mmssl.training.export import export
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ _HOMES = {
     "MmsslConfig": "mmssl.model.configuration",
     "MmsslModel": "mmssl.model.modeling",
     "load_encoder": "mmssl.hub.export",
-    "export": "mmssl.hub.export",
+    "export": "mmssl.training.export",
     "probe": "mmssl.evaluate.probe",
     "embed": "mmssl.evaluate.probe",
 }
@@ -49,6 +50,8 @@ def pretrain(recipe: Any, **overrides: Any):
     from mmssl.training.pretrain import pretrain as run
 
     how = {name: overrides.pop(name) for name in ("overwrite", "resume") if name in overrides}
+    if isinstance(recipe, Recipe) and overrides:
+        raise TypeError(f"overrides belong to Recipe.load, this recipe is checked already: {', '.join(overrides)}")
     return run(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, **overrides), **how)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
@@ -56,7 +57,7 @@ class OptimOptions(Options):
     """How weights change."""
 
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     decay: Literal["matrices", "all"] = Field("matrices", description="What weight decay reaches.")
@@ -67,7 +68,7 @@ class OptimOptions(Options):
 class TrainOptions(Options):
     """How long, how much at once, in which precision."""
 
-    steps: int | None = Field(None, ge=1, description="Optimizer updates.")
+    steps: int | None = Field(None, ge=1, strict=True, description="Optimizer updates.")
     epochs: float | None = Field(None, gt=0, description="Passes over the data, instead of steps.")
     global_batch: int = Field(256, ge=1, description="Samples of one update, over all ranks and micro-batches.")
     micro_batch: int | None = Field(None, ge=1, description="Samples on a device at once; all of a rank's share if unset.")
@@ -182,7 +183,12 @@ class Recipe(Options):
         """Combinations that cannot work, found by building model and views without memory."""
         import torch
 
+        from mmssl.methods import METHODS
+
         problems = []
+        chosen = METHODS[self.method.name]  # type: ignore[attr-defined]
+        if chosen.masks and getattr(self.views, "mask", None) is None:
+            problems.append(f"views.mask: {self.method.name} learns from hidden tokens; give views.mask={{}} or a ratio")  # type: ignore[attr-defined]
         with torch.device("meta"):
             for block, build in (("model", self._encoder), ("views", self.build_views), ("method", self.build)):
                 try:
@@ -377,7 +383,7 @@ def shipped_recipes() -> list[str]:
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe given by path or by shipped name. Raises: RecipeError with the nearest names."""
     path = Path(name)
-    shipped = recipe_root() / path.with_suffix(".yaml")
+    shipped = recipe_root() / (path.with_suffix(".yaml") if path.name else "-")
     for candidate in (path, shipped, recipe_root().parent / path):
         if candidate.is_file():
             return candidate
@@ -420,13 +426,23 @@ def nearest(found: Any, names: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _fields_at(model: Any, location: tuple[Any, ...]) -> Iterator[str]:
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """Names of the options at that place: of a block, or of a dataclass inside one, perhaps in a union."""
     for step in location:
-        field = getattr(model, "model_fields", {}).get(step)
-        if field is None:
-            return
-        model = field.annotation
-    yield from getattr(model, "model_fields", {})
+        fields = _fields(model)
+        if step not in fields:
+            return []
+        model = fields[step]
+    return [*_fields(model)]
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Name -> type."""
+    if hasattr(kind, "model_fields"):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    if dataclasses.is_dataclass(kind):
+        return {field.name: field.type for field in dataclasses.fields(kind)}
+    return {name: inner for choice in typing.get_args(kind) for name, inner in _fields(choice).items()}
 
 
 def explain(issue: Any, model: type[BaseModel]) -> str:
@@ -436,8 +452,8 @@ def explain(issue: Any, model: type[BaseModel]) -> str:
     )
     where = ".".join(str(part) for part in location) or "recipe"
     kind, message = issue["type"], issue["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        names = list(_fields_at(model, location[:-1]))
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        names = _fields_at(model, location[:-1])
         return f"{where}: unknown key{nearest(location[-1], names)}" + (f"; allowed are {', '.join(names)}" if names else "")
     if kind == "missing":
         return f"{where}: missing"

@@ -45,9 +45,10 @@ def gather_rows(x: Tensor) -> Tensor:
     """Rows of all ranks, interleaved as they were dealt out: row j of rank r lands at j*world + r. No gradient; equal sizes."""
     if world() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    mine = x.contiguous().cuda() if dist.get_backend() == "nccl" else x.contiguous()  # nccl has no CPU tensors
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1).to(x.device)
 
 
 def barrier() -> None:
@@ -60,11 +61,11 @@ def check_world(seen_by_launcher: int) -> None:
     """Stop a run in which each process believes it is alone.
 
     A launch without a process-group backend, or with two opinions about CPU and DeepSpeed, starts N processes that all read the
-    whole data set and all write the checkpoint. Raises: RuntimeError.
+    whole data set and all write the checkpoint. Raises: RecipeError.
     """
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if not seen_by_launcher == world() == expected:
-        raise RuntimeError(
+        raise RecipeError(
             f"{expected} processes were launched, accelerate sees {seen_by_launcher} and torch.distributed {world()}. "
             "Use one of the shipped launch profiles in recipes/accelerate; ACCELERATE_USE_CPU must not be set with DeepSpeed."
         )

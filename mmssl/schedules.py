@@ -22,6 +22,10 @@ class Schedule:
     steps: int | None = None
     warmup: int = 0
 
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or (self.steps is not None and self.steps < 1):
+            raise ValueError("steps must be at least 1 and warmup at least 0")
+
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     def __call__(self, clock: Clock) -> float:

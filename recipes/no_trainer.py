@@ -1,5 +1,7 @@
 """The same training in a plain accelerate loop: no Trainer, nothing hidden. Copy it when the Trainer is in your way.
 
+Without micro-batches, probes, checkpoints, streams and compilation.
+
 accelerate launch recipes/no_trainer.py RECIPE [key=value ...]
 """
 
@@ -14,6 +16,7 @@ from mmssl.data.dataset import KeyedDataset
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import open_source
+from mmssl.errors import RecipeError
 from mmssl.random import row_keys
 from mmssl.registry import modality
 from mmssl.training.objective import Objective
@@ -22,7 +25,7 @@ from mmssl.types import Clock
 
 
 def train(recipe: Recipe) -> list[float]:
-    """Train without micro-batches, probes and checkpoints. Returns: the loss of each step on this process."""
+    """Train. Returns: the loss of each step on this process. Raises: RecipeError for what this loop leaves out."""
     accelerator = Accelerator(
         cpu=recipe.train.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
@@ -31,6 +34,8 @@ def train(recipe: Recipe) -> list[float]:
     rank, world, seed = accelerator.process_index, accelerator.num_processes, recipe.train.seed
     kind, views = modality(recipe.data.modality), recipe.build_views()
     source = open_source(recipe.data, kind, recipe.data.split)
+    if source.streaming or recipe.model.init or recipe.train.compile:  # type: ignore[attr-defined]
+        raise RecipeError("data.streaming, model.init and train.compile are for `mmssl pretrain`.")
     data = KeyedDataset(source, kind, views, seed, Quarantine(None, recipe.data.max_bad, recipe.data.min_bad))
     per_epoch = source.size // recipe.train.global_batch
     steps = recipe.train.steps or round((recipe.train.epochs or 1) * per_epoch)

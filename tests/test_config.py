@@ -137,7 +137,6 @@ def test_a_mistake_is_answered_with_its_key_and_the_mend(override, words):
     assert "Traceback" not in message
 
 
-@pytest.mark.xfail(strict=True, reason="config.explain knows the fields of pydantic models only, these blocks are dataclasses")
 @pytest.mark.parametrize(
     ("override", "words"),
     [

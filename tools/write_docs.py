@@ -6,6 +6,7 @@ python tools/write_docs.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -16,15 +17,18 @@ from mmssl.config import recipe_class, shipped_recipes
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """# Recipes
 
-A recipe is one YAML file of seven blocks. Every key can be set on the command line as `key.sub=value`, the value in YAML; `1e-3` is
-a number. `data=X` means `data.path=X`, `method=X` means `method.name=X`. Unknown keys and wrong types are refused, all at once.
-`mmssl copy NAME FILE` gives you a shipped recipe to edit; [recipe.schema.json](recipe.schema.json) serves editors that
-know JSON Schema. The blocks `model`, `method` and `views` depend on modality and method; below are those of data2vec 2 on images.
+A recipe is one YAML file of seven blocks. Every key can be set on the command line as `key.sub=value`, the value in YAML;
+`1e-3` is a number. `data=X` means `data.path=X`, `method=X` means `method.name=X`, `model=X` means `model.init=X`. Unknown
+keys and wrong types are refused, all at once. `mmssl copy NAME FILE` gives you a shipped recipe to edit;
+[recipe.schema.json](recipe.schema.json) serves editors that know JSON Schema. The blocks `model`, `method` and `views` depend
+on modality and method; below are those of data2vec 2 on images. A relative `data.path` is stored as it is: resume a run
+from the folder where it was started.
 
 Shipped: {names}.
 
 Processes: `recipes/accelerate/cpu2-ddp.yaml` and `cpu2-zero3.yaml` are launch profiles for two processes without a GPU;
-`accelerate launch --config_file PROFILE recipes/pretrain.py RECIPE`. ZeRO on CPU compiles a small extension and needs a C++ compiler.
+`accelerate launch --config_file PROFILE recipes/pretrain.py RECIPE`. ZeRO on CPU compiles a small extension and needs a C++
+compiler.
 """
 
 
@@ -41,6 +45,7 @@ def rows(model: Any, prefix: str) -> list[str]:
             kind = " | ".join(get_args(field.annotation))
         elif isinstance(field.annotation, type) and not get_args(field.annotation):
             kind = field.annotation.__name__
+        kind = re.sub(r"Annotated\[(\w+), FieldInfo\(.*?\]\)\]", r"\1", kind)
         for noise in ("typing.", "mmssl.schedules.", "mmssl.model.decoder.", "modalities.vision.views.", "NoneType"):
             kind = kind.replace(noise, "")
         cells = (f"`{prefix}{name}`", f"`{kind}`".replace("|", "\\|"), f"`{default}`", field.description or "")

@@ -1,6 +1,7 @@
 """dry run: recipe, data, three steps, memory, throughput, time
 
-mmssl check RECIPE [key=value ...] trains three updates in a temporary folder and says what the whole run would need.
+mmssl check RECIPE [key=value ...] trains four updates in a temporary folder, times the last three
+and says what the whole run would need.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ OPTIONS = {
 def run(arguments: list[str]) -> int:
     """`mmssl export RUN`."""
     given = parse(arguments, ("RUN",), OPTIONS)
-    from mmssl.hub.export import export
+    from mmssl.training.export import export
 
     print(export(given["run"], given["to"], given["which"]))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, count, pairwise
@@ -18,6 +19,14 @@ from mmssl.errors import DataError, RecipeError
 from mmssl.random import generator, permutation
 from mmssl.registry import Modality, Views
 from mmssl.types import Batch, Rejected
+
+
+def start_worker(_: int) -> None:
+    """For loader workers: one thread each, and deaf to signals, which reach the whole group, until the parent has saved."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
 
 ATTEMPTS = 100  # replacements tried for one bad sample
 IDLE_EPOCHS = 100  # of a reader without a row, after which it gives up

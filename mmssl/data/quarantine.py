@@ -66,9 +66,10 @@ class Quarantine:
         first = list(dict.fromkeys(name for slot in range(SLOTS) for name in self._kept(slot)))[:NAMES]
         return {"seen": seen, "bad": bad, "kinds": kinds, "first": first}
 
-    def message(self) -> str:
-        """The sentence for a DataError."""
-        (bad, seen), found = self.totals(), self.summary()
+    def message(self, bad: int | None = None, seen: int | None = None) -> str:
+        """The sentence for a DataError, with the totals given or this rank's own."""
+        own, found = self.totals(), self.summary()
+        bad, seen = own[0] if bad is None else bad, own[1] if seen is None else seen
         kinds = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["kinds"].items())  # type: ignore[attr-defined]
         names = "".join(f"\n  {name}" for name in found["first"])  # type: ignore[attr-defined]
         return (

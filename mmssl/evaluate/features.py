@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmssl import random
 from mmssl.config import DataOptions, WatchOptions
+from mmssl.data.dataset import start_worker
 from mmssl.data.sources import Source, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
 from mmssl.errors import DataError
 from mmssl.registry import Modality
-from mmssl.types import Batch, Rejected
+from mmssl.types import Batch
 
 CACHE_BYTES = 256 << 20  # decoded evaluation sets up to this size stay in memory
 
@@ -34,7 +35,7 @@ class PlainSet(Dataset):
             index = self.indices[(position + attempt) % len(self.indices)]
             try:
                 sample = self.kind.decode(self.source.value(index))
-            except Rejected as error:
+            except Exception as error:  # whatever a decoder meets, it is about this sample; training quarantines it
                 reason = f"{self.source.identity(index)}: {error}"
                 continue
             label = self.source.label_at(index)
@@ -83,7 +84,9 @@ class Loaded:
         chunk = self.batch * world()
         order = [min(i, n - 1) for i in range(-(-n // chunk) * chunk)]
         mine = [order[start + rank() : start + chunk : world()] for start in range(0, len(order), chunk)]
-        loader = DataLoader(self.data, batch_sampler=mine, collate_fn=collate, num_workers=self.workers)
+        loader = DataLoader(
+            self.data, batch_sampler=mine, collate_fn=collate, num_workers=self.workers, worker_init_fn=start_worker
+        )
         kept, size = [], 0
         for batch in loader:
             size += sum(t.numel() * t.element_size() for t in batch.values())
@@ -120,17 +123,24 @@ def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Any
     def loaded(of: Source, indices: Tensor) -> Loaded:
         return Loaded(PlainSet(of, kind, views, indices.sort().values.tolist()), batch, min(data.workers, 2))
 
-    order = random.permutation(source.size, seed, "watch")
+    order = labelled(source, random.permutation(source.size, seed, "watch"))
     if source.label is None:
         return Sets(loaded(source, order[: watch.samples]), None, 0, watch.train)
     if watch.test in splits(where, kind):
         test = open_source(where, kind, watch.test)
-        chosen = random.permutation(test.size, seed, "watch-test")[: watch.samples]
+        chosen = labelled(test, random.permutation(test.size, seed, "watch-test"))[: watch.samples]
         return Sets(loaded(source, order[: watch.samples]), loaded(test, chosen), source.classes, watch.test)
-    held = max(1, len(order) // 10)
-    return Sets(
-        loaded(source, order[held : held + watch.samples]),
-        loaded(source, order[:held][: watch.samples]),
-        source.classes,
-        "heldout",
-    )
+    held = held_out(source, seed)
+    memory = order[~torch.isin(order, held)]
+    return Sets(loaded(source, memory[: watch.samples]), loaded(source, held[: watch.samples]), source.classes, "heldout")
+
+
+def labelled(source: Source, indices: Tensor) -> Tensor:
+    """Those indices whose samples have a label; all of them if no sample can have one."""
+    return indices if source.labels is None else indices[source.labels[indices] >= 0]
+
+
+def held_out(source: Source, seed: int) -> Tensor:
+    """A keyed tenth of the labelled samples, for a data set without a test split."""
+    order = labelled(source, random.permutation(source.size, seed, "watch"))
+    return order[: max(1, len(order) // 10)]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from mmssl.config import DataOptions, WatchOptions
+from mmssl.config import DataOptions, WatchOptions, explain
 from mmssl.errors import RecipeError
 from mmssl.evaluate.features import Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
@@ -21,10 +22,13 @@ from mmssl.registry import modalities, modality
 def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any]) -> Sets:
     name = getattr(model.config, "modality", None) or options.pop("modality", None) or modalities()[0]
     kind = modality(str(name))
+    try:
+        watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
+    except ValidationError as error:
+        raise RecipeError("; ".join(explain(issue, WatchOptions) for issue in error.errors())) from None
     where = DataOptions(
         path=data, modality=kind.name, **{k: options.pop(k) for k in ("column", "label", "root") if k in options}
     )
-    watch = WatchOptions(**options)
     return open_sets(where, watch, kind, kind.plain_views(model, path), seed=0)
 
 

@@ -11,7 +11,7 @@ def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None
 
     name = recipe.method.name  # type: ignore[attr-defined]
     rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Measured at the end\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
+    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
     length = f"{step} updates" if step else "an unknown number of updates"
     return f"""---
 library_name: transformers

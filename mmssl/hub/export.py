@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from mmssl.config import Recipe, read_yaml
-from mmssl.errors import CheckpointError, RecipeError
+from mmssl.config import Recipe
+from mmssl.errors import RecipeError
+from mmssl.files import umask
 from mmssl.hub.card import card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
 from mmssl.model.encoder import Encoder
 from mmssl.model.modeling import MmsslModel
+from mmssl.redaction import redact
 from mmssl.registry import modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
@@ -64,7 +66,7 @@ def export_encoder(
             file.chmod(0o666 & ~umask())
         (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
         kind.processor(config, views).save_pretrained(aside)
-        (aside / "README.md").write_text(card(recipe, which, metrics or {}, step))
+        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step)))
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)
     finally:
@@ -94,13 +96,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def umask() -> int:
-    """The mode bits that new files lose."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
 def replace_folder(new: Path, old: Path) -> None:
     """Put `new` in the place of `old`."""
     before = old.with_name(f".del-{old.name}")
@@ -109,32 +104,6 @@ def replace_folder(new: Path, old: Path) -> None:
         old.rename(before)
     new.rename(old)
     shutil.rmtree(before, ignore_errors=True)
-
-
-def export(run: str | Path, to: str | Path | None = None, which: str | None = None) -> Path:
-    """Write the encoder of a run's newest checkpoint.
-
-    Args:
-        run: run folder.
-        to: folder to write; `model/` in the run if None.
-        which: student or teacher.
-    Raises: MmsslError if it is no run or has no complete checkpoint.
-    """
-    from mmssl.training import checkpoint
-    from mmssl.training.run_folder import RunFolder
-
-    folder = RunFolder.open(run)
-    if which not in (None, "student", "teacher"):
-        raise RecipeError(f"which: found {which!r}, allowed are student and teacher.")
-    recipe = Recipe.check(read_yaml(folder.config), str(folder.config))
-    newest = checkpoint.newest_or_fail(folder.checkpoints)
-    if newest is None:
-        raise CheckpointError(f"{run} holds no checkpoint yet; the first is written after save.every updates.")
-    tensors, state = checkpoint.load(newest)
-    target = Path(to) if to is not None else folder.model
-    if target.exists() and target != folder.model and any(target.iterdir()):
-        raise RecipeError(f"{target} exists and is not empty. Choose another folder with to=FOLDER.")
-    return export_encoder(recipe, recipe.build_views(), tensors["model"], target, which, step=int(state["step"]))
 
 
 def load_encoder(path_or_id: str | Path) -> torch.nn.Module:

@@ -27,7 +27,8 @@ def token_std(tokens: Tensor, mask: Mask | None = None, group: ProcessGroup | No
     else:  # a token counts once for each mask that hides it
         weight = mask.hidden.unflatten(0, (x.shape[0], -1)).sum(1).to(x.dtype)  # (R, L)
     x, weight = x.flatten(0, 1), weight.flatten()
-    sums = all_sum(torch.cat([weight.sum()[None], weight @ x, weight @ x.square()]).double(), group)
+    weighted = weight[:, None] * x  # no matrix product: autocast would round its sums to bf16
+    sums = all_sum(torch.cat([weight.sum()[None], weighted.sum(0), (weighted * x).sum(0)]).double(), group)
     count, first, second = sums[0], *sums[1:].chunk(2)
     variance = (second - first.square() / count).clamp(min=0) / (count - 1).clamp(min=1)
     return (variance + 1e-6).sqrt().mean().to(x.dtype)

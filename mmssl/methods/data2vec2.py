@@ -16,6 +16,7 @@ class Data2Vec2(Method):
     """Baevski et al. 2022, arXiv:2212.07525: regress the teacher's layers under several masks of each sample."""
 
     paper, family, modalities, coverage = "arXiv:2212.07525", "masked", ("vision",), (18,)
+    masks = True
 
     def __init__(
         self,
@@ -28,6 +29,8 @@ class Data2Vec2(Method):
         super().__init__()
         if not 0 < top_k <= len(encoder.transformer.blocks):
             raise ValueError(f"top_k: {top_k} layers to average, the trunk has {len(encoder.transformer.blocks)} (model.depth)")
+        if cls_weight < 0:
+            raise ValueError(f"cls_weight: {cls_weight}, must be at least 0")
         if cls_weight and not encoder.transformer.extra_tokens:
             raise ValueError("cls_weight: needs model.extra_tokens of at least 1, or set it to 0")
         self.student = Network(encoder=encoder)

@@ -21,6 +21,7 @@ class Method(nn.Module):
     family: ClassVar[Literal["joint embedding", "masked", "predictive"]]
     modalities: ClassVar[tuple[str, ...]]
     coverage: ClassVar[tuple[int, ...]]  # rows of docs/coverage.md
+    masks: ClassVar[bool] = False  # whether views must come with masks
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
     student: Network

@@ -37,6 +37,10 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, ...], options: ConvDecoderOptions):
         super().__init__()
+        if options.noise < 0:
+            raise ValueError(f"decoder.noise: {options.noise}, must be at least 0")
+        if max(options.dim, options.layers, options.kernel) > 1 << 14:
+            raise ValueError("decoder: dim, layers and kernel must be at most 16384")
         if min(options.dim, options.groups, options.kernel, options.layers) < 1 or options.kernel % 2 == 0:
             raise ValueError("decoder: dim, groups, kernel and layers must be at least 1, and the kernel odd")
         if options.dim % options.groups or width % options.groups:

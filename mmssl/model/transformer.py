@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mmssl.model.attention import Attention
 
+WIDEST, DEEPEST = 1 << 17, 1024  # a typing error must not ask for a petabyte
+
 
 class DropPath(nn.Module):
     """Leaves out a residual branch for a random share of the rows (stochastic depth, arXiv:1603.09382)."""
@@ -107,6 +109,10 @@ class Transformer(nn.Module):
         super().__init__()
         if dim < 1 or depth < 1 or heads < 1 or prenet_depth < 0 or extra_tokens < 0:
             raise ValueError("hidden_size, depth and heads must be at least 1, prenet_depth and extra_tokens at least 0")
+        if max(dim, extra_tokens, dim * mlp_ratio) > WIDEST or depth + prenet_depth > DEEPEST:
+            raise ValueError(f"hidden_size, extra_tokens and MLP: at most {WIDEST}; depth and prenet_depth: {DEEPEST} together")
+        if not (0 <= dropout < 1 and 0 <= attention_dropout < 1 and 0 <= drop_path < 1 and eps >= 0):
+            raise ValueError("dropout, attention_dropout and drop_path must be at least 0 and below 1, norm_eps at least 0")
         if dim * mlp_ratio < 1:
             raise ValueError(f"mlp_ratio: {mlp_ratio} leaves the MLP without a hidden unit")
         total = prenet_depth + depth

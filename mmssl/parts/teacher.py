@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,16 +72,13 @@ class Teacher(Part):
         for mine, theirs in zip(self.network.buffers(), self.student.buffers()):
             mine.copy_(theirs)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.network.state_dict().items()
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}network.{name}": tensor for name, tensor in self._tensors()})
+        destination.update({f"{prefix}network.{name}": tensor for name, tensor in self.network.state_dict().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         missing, unexpected = rest[2], rest[3]
-        mine = dict(self._tensors())
+        mine = self.network.state_dict()
         for name, tensor in mine.items():
             saved = state_dict.get(f"{prefix}network.{name}")
             if saved is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmssl.config import Recipe
+from mmssl.errors import RecipeError
 from mmssl.training.pretrain import prepare
 from mmssl.training.trainer import SelfSupervisedTrainer
 
@@ -35,11 +36,14 @@ def check(recipe: Recipe) -> dict[str, Any]:
     Raises: MmsslError as `pretrain` would.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        run = prepare(recipe.model_copy(update={"out": str(Path(temporary) / "run")}), trainer=Stopwatch)
+        quiet = recipe.train.model_copy(update={"report_to": []})
+        run = prepare(recipe.model_copy(update={"out": str(Path(temporary) / "run"), "train": quiet}), trainer=Stopwatch)
         run.trainer.run()
         trainer: Any = run.trainer
-    step = (trainer.times[-1] - trainer.times[0]) / max(len(trainer.times) - 1, 1)
-    cuda = torch.cuda.is_available()
+    if len(trainer.times) < 2:
+        raise RecipeError("train.steps: check needs a run of at least two updates to time one.")
+    step = (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
+    cuda = run.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     losses = {n: float(v) / trainer.terms for n, v in trainer.sums.items() if n.startswith("loss")} if trainer.terms else {}
     return {

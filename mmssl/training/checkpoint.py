@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmssl.errors import CheckpointError, StorageError
+from mmssl.files import umask
 from mmssl.training.run_folder import storing, sync
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
 
     for name, group in tensors.items():
         save_file(_separate(group), folder / f"{name}{SUFFIX}")
+        (folder / f"{name}{SUFFIX}").chmod(0o666 & ~umask())  # safetensors writes 0600
     (folder / STATE).write_text(state, encoding="utf-8")
     files = {}
     for path in sorted(folder.iterdir()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +16,19 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe
-from mmssl.data.dataset import KeyedDataset, KeyedStream
+from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
 from mmssl.data.quarantine import Quarantine
-from mmssl.data.sampler import KeyBatches
+from mmssl.data.sampler import KeyBatches, check_batch
 from mmssl.data.sources import Source, open_source
 from mmssl.distributed import all_sum, barrier, rank, world
 from mmssl.errors import CheckpointError, DataError, MmsslError, NonFiniteError, RecipeError, storage_error
 from mmssl.evaluate import collapse, knn
-from mmssl.evaluate.features import Sets, embed, open_sets
+from mmssl.evaluate.features import Sets, embed, held_out, open_sets
 from mmssl.hub.export import export_encoder, export_heads, load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, modality
 from mmssl.training import checkpoint
+from mmssl.training.launch import batch_split, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder, write_atomic
@@ -85,6 +87,8 @@ def reopen(path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     folder.check_idle()
     checkpoint.clean(folder.checkpoints)
+    for stale in (*folder.path.glob(".tmp-model-*"), *folder.path.glob(".del-model")):
+        shutil.rmtree(stale, ignore_errors=True)
     return folder
 
 
@@ -110,11 +114,6 @@ def finish(folder: Path) -> int:
     return 0
 
 
-def out(recipe: Recipe) -> Path:
-    """The run folder."""
-    return Path(recipe.out or f"runs/{recipe.method.name}")  # type: ignore[attr-defined]
-
-
 def _first(make: Callable[[], RunFolder], main: bool) -> RunFolder | None:
     """Make the folder on the main process; its error reaches all ranks."""
     error, folder = None, None
@@ -135,88 +134,12 @@ def _on_cuda() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """Arguments of the Trainer; making them joins the process group.
-
-    Raises: RecipeError for launch settings that contradict each other.
-    """
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    if deepspeed and forced_cpu:
-        raise RecipeError(
-            "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word. Unset it and use recipes/accelerate/cpu2-zero3.yaml."
-        )
-    cpu = recipe.train.device == "cpu" or forced_cpu or not torch.cuda.is_available()
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
-    import_deepspeed()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro, accumulation = batch_split(recipe, processes)
-    return TrainingArguments(
-        output_dir=str(out(recipe)),
-        max_steps=recipe.train.steps or 1,  # replaced once the data are known
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=recipe.optim.clip,
-        learning_rate=recipe.optim.lr,
-        seed=recipe.train.seed,
-        bf16=recipe.train.precision == "bf16" and not deepspeed,
-        use_cpu=cpu and not deepspeed,
-        ddp_backend="gloo" if cpu and processes > 1 else None,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="steps",
-        save_steps=recipe.save.every,
-        report_to=[*recipe.train.report_to] or "none",
-        disable_tqdm=True,
-        log_level="error",
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=recipe.data.workers,
-    )
-
-
-def import_deepspeed() -> None:
-    """Before the progress bar starts: accelerate imports it sooner or later, and it then tries compilers aloud on stderr."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        import deepspeed  # noqa: F401
-    except Exception as error:  # only a DeepSpeed run needs it, and that one meets the same error again
-        logging.getLogger("mmssl").info("deepspeed cannot be imported: %s", error)
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
-    """Samples of a micro-batch and micro-batches of an update on each rank. Raises: RecipeError if they do not divide."""
-    share, rest = divmod(recipe.train.global_batch, processes)
-    micro = recipe.train.micro_batch or share
-    if rest or share == 0 or share % micro:
-        raise RecipeError(
-            f"train.global_batch: {recipe.train.global_batch} samples cannot be split over {processes} processes "
-            f"in micro-batches of {micro}; use a multiple of {processes * micro} or another train.micro_batch."
-        )
-    return micro, share // micro
-
-
 def steps_per_epoch(recipe: Recipe, source: Source) -> int:
-    """Updates in one pass over the data. Raises: RecipeError if the data do not fill one batch."""
+    """Updates in one pass over the data; of a stream, in the whole run. Raises: RecipeError if the data do not fill a batch."""
     if source.streaming:
         return recipe.train.steps or 1
-    count, batch = source.size, recipe.train.global_batch
-    if count < batch:
-        raise RecipeError(
-            f"train.global_batch: {batch} samples make a batch, but {source.facts.get('path')} has {count}; "
-            f"use train.global_batch={count} or less, or more data."
-        )
-    return count // batch
+    check_batch(source.size, recipe.train.global_batch, batch_split(recipe, world())[0], world())
+    return source.size // recipe.train.global_batch
 
 
 class Run:
@@ -237,8 +160,18 @@ class Run:
         self.epoch_steps = steps_per_epoch(recipe, source)
         self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
         args.max_steps = self.steps
+        if recipe.optim.warmup >= self.steps and folder.is_main:
+            print(
+                f"mmssl: note: optim.warmup={recipe.optim.warmup} is not shorter than the run of {self.steps} updates; "
+                "the rate never reaches optim.lr.",
+                file=sys.stderr,
+            )
         self.views = recipe.build_views()
         self.quarantine = Quarantine(folder.path / "quarantine.jsonl", recipe.data.max_bad, recipe.data.min_bad)
+        self.sets: Sets | None = None
+        if not source.streaming or recipe.watch.path:
+            self.sets = open_sets(recipe.data, recipe.watch, kind, self.views, recipe.train.seed)
+        classes, source = self._probed(source)
         if source.streaming:
             self.dataset: Any = None
             self.stream = lambda first: KeyedStream(
@@ -257,11 +190,8 @@ class Run:
             )
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
-        self.sets: Sets | None = None
-        if not source.streaming or recipe.watch.path:
-            self.sets = open_sets(recipe.data, recipe.watch, kind, self.views, recipe.train.seed)
         method = recipe.build()
-        if recipe.model.init:  # type: ignore[attr-defined]
+        if recipe.model.init and not resume:  # type: ignore[attr-defined]
             load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
             for part in method.parts():
                 part.restart()
@@ -269,11 +199,11 @@ class Run:
             encoders = [method.student.encoder, *(part.encoder for part in method.parts() if isinstance(part, Teacher))]
             for block in (block for encoder in encoders for block in encoder.transformer.blocks):
                 block.compile()  # whole models would be compiled anew for every mask count
-        classes = source.classes if recipe.watch.linear and source.label is not None else 0
         self.objective = Objective(method, classes)
-        start, applied, moments = self._resume() if resume else (0, 0, None)
+        tensors, state = self._resume() if resume else ({}, {})
         folder.write_identity(recipe.dump(), sys.argv, source.facts)
-        self.progress = Progress(folder, self.steps, start, quiet=not folder.is_main)
+        self.start = int(state.get("step", 0))
+        self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)
         self.trainer = trainer(
             self.objective,
             recipe,
@@ -285,20 +215,37 @@ class Run:
             self._probe,
             self._save,
             self.quarantine,
-            start,
-            applied,
-            moments,
+            self.start,
+            state.get("applied", 0),
+            tuple(state.get("samples", (0, 0))),
+            tensors.get("optimizer"),
         )
+        self.trainer.metrics = state.get("metrics", {})
+
+    def _probed(self, source: Source) -> tuple[int, Source]:
+        """Classes of the online linear probe, 0 for none, and the data with the labels that it may learn from."""
+        if not self.recipe.watch.linear or source.labels is None or self.sets is None or self.sets.test is None:
+            return 0, source
+        measured = self.sets.test.data.source
+        if measured.facts.get("classes") != source.facts.get("classes"):
+            return 0, source  # of another data set, with other classes
+        if self.sets.name != "heldout":
+            return source.classes, source
+        if self.recipe.data.limit is not None:
+            return 0, source  # the held-out samples are not to be found among these
+        labels = source.labels.clone()
+        labels[held_out(source, self.recipe.train.seed)] = -1
+        return source.classes, source._replace(labels=labels)
 
     def _loader(self, start: int) -> DataLoader:
         """Batches of this rank from update `start` to the end."""
         workers = self.recipe.data.workers
         common: dict[str, Any] = {
             "num_workers": workers,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.args.device.type == "cuda",
             "persistent_workers": False,
             "prefetch_factor": 4 if workers else None,
-            "worker_init_fn": _quiet_worker if workers else None,
+            "worker_init_fn": start_worker if workers else None,
         }
         if self.source.streaming:
             return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
@@ -321,6 +268,7 @@ class Run:
             "distributed": self.trainer.accelerator.distributed_type.name,
             "processes": {"accelerate": self.trainer.accelerator.num_processes, "torch": world(), "launcher": self._launched()},
             "zero_stage": plugin.zero_stage if plugin else None,
+            "clip": plugin.deepspeed_config["gradient_clipping"] if plugin else self.args.max_grad_norm,
             "device": str(self.args.device),
         }
 
@@ -334,8 +282,8 @@ class Run:
         with self.progress:
             try:
                 self.trainer.run()
-            except DataError:  # from a worker it comes with a traceback in its text
-                raise DataError(self.quarantine.message()) from None
+            except DataError as error:  # from a worker it comes with a traceback before its text
+                raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         state = "preempted" if self.trainer.stop_signal is not None else "finished"
         self.folder.status(state, step=self.trainer.state.global_step, steps=self.steps)
 
@@ -383,7 +331,14 @@ class Run:
         problem: Exception | None = None
         if self.folder.is_main:
             step = trainer.state.global_step
-            state = {"step": step, "applied": trainer.applied, "steps": self.steps, "world": world()}
+            state = {
+                "step": step,
+                "applied": trainer.applied,
+                "steps": self.steps,
+                "world": world(),
+                "samples": [trainer.bad, trainer.seen],
+                "metrics": trainer.metrics,
+            }
             try:
                 checkpoint.save(self.folder.checkpoints, step, tensors, state, self.recipe.save.keep)
                 export_encoder(self.recipe, self.views, tensors["model"], self.folder.model, metrics=trainer.metrics, step=step)
@@ -399,26 +354,19 @@ class Run:
             raise CheckpointError("The main process could not save; its message says why.")
         barrier()
 
-    def _resume(self) -> tuple[int, int, dict[str, torch.Tensor]]:
-        """Update to go on from, updates applied, optimizer moments."""
+    def _resume(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Tensors and state of the newest usable checkpoint; the weights are loaded already. Raises: CheckpointError."""
         path, reasons = checkpoint.find(self.folder.checkpoints)
         for reason in reasons if self.folder.is_main else []:
             print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
         if path is None:
             raise CheckpointError(f"{self.folder.path} holds no usable checkpoint. Start again with overwrite=true.")
         tensors, state = checkpoint.load(path)
+        if self.source.streaming and state["world"] != world():
+            raise CheckpointError(f"A stream resumes on as many processes as it was saved on: {state['world']}, not {world()}.")
         load_model_state(self.objective, tensors["model"])
         self.folder.truncate_metrics(int(state["step"]))
-        return int(state["step"]), int(state["applied"]), tensors["optimizer"]
-
-
-def _quiet_worker(_: int) -> None:
-    """Signals reach the whole process group; a worker must live until its parent has saved."""
-    import signal
-
-    torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        return tensors, state
 
 
 def summary(folder: Path) -> dict[str, Any]:

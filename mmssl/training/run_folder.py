@@ -26,11 +26,20 @@ from typing import Any, ClassVar
 
 from mmssl import __version__
 from mmssl.errors import RecipeError, StorageError, storage_error
+from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
 FOLDERS = ("model", "heads", "report")
-TRACES = (".tmp-*", "traceback-*.txt", "failure-*.json", "checkpoints/step-*", "checkpoints/.tmp-*", "checkpoints/.del-*")
+TRACES = (
+    ".tmp-*",
+    ".del-*",
+    "traceback-*.txt",
+    "failure-*.json",
+    "checkpoints/step-*",
+    "checkpoints/.tmp-*",
+    "checkpoints/.del-*",
+)
 SILENCE = 900.0  # seconds; a run on another host that wrote nothing for so long is taken for dead (hangs end after 600)
 PACKAGES = (
     *("torch", "torchvision", "torchaudio", "transformers", "accelerate", "deepspeed", "datasets"),
@@ -40,28 +49,7 @@ PACKAGES = (
 
 # Secrets ------------------------------------------------------------------------------------------------------------
 
-HIDDEN = "REDACTED"  # a plain word: it breaks neither YAML nor JSON
-_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|wandb_v1_\w{16,}|AKIA[A-Z0-9]{12,}"
-    r"|sk-(?=[\w-]*\d)[\w-]{16,})"  # the digit spares words such as sk-learn
-)
-_NAMED = re.compile(
-    r"""(?ix) ( [\w-]* (?: token | secret | passw(?:or)?d | api_?-?key ) ["']? \s*[=:]\s* ["']? ) [^\s"'&,;]{8,}
-    | ( (?: key | token ) \b .{0,3}? \b ) [0-9a-f]{40}\b
-    | ( \bbearer\s+ ) [\w.~+/=-]{8,}
-    | ( \w+://[^\s/:@]*: ) [^\s/@]+ (?=@)"""
-)
 _SECRET_WORD = re.compile(r"(?i)^(?:--?)?[\w.-]*(?:token|secret|passw(?:or)?d|key)$")
-_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY")
-
-
-def redact(text: str) -> str:
-    """The text without known shapes of tokens and without the values of secret-like environment variables."""
-    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8}
-    for value in sorted(values, key=len, reverse=True):  # the longer first: one may hold the other
-        text = text.replace(value, HIDDEN)
-    text = _NAMED.sub(lambda found: next(group for group in found.groups() if group is not None) + HIDDEN, text)
-    return _SHAPES.sub(HIDDEN, text)
 
 
 def redact_command(argv: Sequence[str]) -> str:

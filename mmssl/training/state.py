@@ -73,7 +73,9 @@ def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, 
         steps = [value for name, value in saved.items() if name.endswith(".step")]
         for state in inner.optimizer.state.values():  # type: ignore[attr-defined]
             if steps and "step" in state:
-                state["step"] = steps[0].clone() if torch.is_tensor(state["step"]) else float(steps[0])
+                state["step"] = (
+                    steps[0].to(state["step"].device, copy=True) if torch.is_tensor(state["step"]) else float(steps[0])
+                )
 
 
 def _create_zero_moments(inner: Any) -> None:
@@ -83,7 +85,9 @@ def _create_zero_moments(inner: Any) -> None:
             "Resuming under ZeRO-1 or ZeRO-2 is not supported; resume on one process, under DDP or under ZeRO-3."
         )
     for flat in inner.fp32_partitioned_groups_flat:
-        inner.optimizer.state[flat] = {"step": torch.zeros(())} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
+        inner.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | {
+            moment: torch.zeros_like(flat) for moment in MOMENTS
+        }
 
 
 def _zero_moment(parameter: Any, moment: str) -> Any:

@@ -19,6 +19,7 @@ from mmssl.data.quarantine import Quarantine
 from mmssl.distributed import all_max, all_sum, check_world, rank, world
 from mmssl.errors import DataError, NonFiniteError
 from mmssl.random import row_keys
+from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, schedule, set_rates
 from mmssl.training.state import load_optimizer_state
@@ -65,7 +66,8 @@ class SelfSupervisedTrainer(Trainer):
         steps: optimizer updates of the whole run.
         epoch_steps: updates of one pass over the data.
         loader: first update -> batches of this rank from there to the end of the run.
-        start: update to begin at; `counters` and `optimizer_state` are those of a checkpoint.
+        start: update to begin at; `applied`, `counted` (bad and seen samples) and `optimizer_state` are those of a
+            checkpoint.
         report: called with a metrics dict at each logged step, on the main process.
         probe: called every `watch.every` updates on all ranks; returns metrics.
         save: called at each save with the step, on all ranks.
@@ -86,18 +88,24 @@ class SelfSupervisedTrainer(Trainer):
         quarantine: Quarantine,
         start: int = 0,
         applied: int = 0,
+        counted: tuple[int, int] = (0, 0),
         optimizer_state: dict[str, Tensor] | None = None,
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
         check_world(self.accelerator.num_processes)
+        if self.is_deepspeed_enabled:
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            check_deepspeed(plugin.deepspeed_config, recipe)
         self.objective, self.recipe = objective, recipe
         self.steps, self.epoch_steps, self.loader = steps, epoch_steps, loader
         self.report, self.probe, self.save_run, self.quarantine = report, probe, save, quarantine
         self.start, self.applied, self._optimizer_state = start, applied, optimizer_state
+        self.counted, (self.bad, self.seen) = counted, counted
         self.rate = schedule(recipe.optim)
         self.micro, self.spoilt, self.skips = 0, False, 0
         self.stop_signal: int | None = None
+        self.pending: list[dict[str, Tensor]] = []  # of this update, counted once it is applied
         self.sums: dict[str, Tensor] = {}
         self.terms = 0
         self.skipped_since_log = 0
@@ -148,7 +156,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def begin_update(self) -> None:
         """Rates and passes for this update."""
-        self.micro, self.spoilt = 0, False
+        self.micro, self.spoilt, self.pending = 0, False, []
         if self.state.global_step % self.epoch_steps == 0:
             self.objective.method.on_epoch(self.clock)
         assert self.optimizer is not None
@@ -172,9 +180,7 @@ class SelfSupervisedTrainer(Trainer):
             return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
         deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(total, **deepspeed)
-        for name, value in out.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.terms += 1
+        self.pending.append(out)
         return total.detach()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -199,6 +205,9 @@ class SelfSupervisedTrainer(Trainer):
         if self.spoilt or self.accelerator.optimizer_step_was_skipped:
             self.skips += 1
             self.skipped_since_log += 1
+            if self.is_deepspeed_enabled:  # what it has accumulated of this update outlives the Trainer's zero_grad
+                inner: Any = self.optimizer
+                inner.optimizer.zero_grad()
             if self.skips > self.recipe.train.max_skips:
                 raise NonFiniteError(
                     f"Loss or gradients were not finite in {self.skips} updates in a row, "
@@ -208,17 +217,23 @@ class SelfSupervisedTrainer(Trainer):
         else:
             self.skips = 0
             self.applied += 1
+            for out in self.pending:
+                for name, value in out.items():
+                    self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            self.terms += len(self.pending)
             self.objective.method.after_step(self.clock)
         mine = [float(self.stop_signal is not None), *self.quarantine.totals()]
-        stop, bad, seen = all_sum(torch.tensor(mine, device=self.args.device)).tolist()
-        if self.quarantine.over(int(bad), int(seen)):
-            raise DataError(self.quarantine.message())
+        stop, *counts = all_sum(torch.tensor(mine, device=self.args.device, dtype=torch.float64)).tolist()
+        self.bad, self.seen = (int(now) + before for now, before in zip(counts, self.counted))
+        if self.quarantine.over(self.bad, self.seen):
+            raise DataError(self.quarantine.message(self.bad, self.seen))
         last = self.state.global_step >= self.steps
+        stop = bool(stop) and not last  # a run that has just ended needs no other end
         if stop:
             self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank was told to stop
             control.should_training_stop = control.should_save = True
-        if self.skips and not stop:
-            control.should_save = False  # wait for an update that works: older checkpoints must not rotate away meanwhile
+        if self.skips and not stop and not last:
+            control.should_save = False  # in a streak of skipped updates older checkpoints must not rotate away
         every = self.recipe.watch.every
         control.should_evaluate = not stop and bool(last or (every and self.state.global_step % every == 0))
         control.should_log = last or self.state.global_step % self.recipe.train.log_every == 0
@@ -233,7 +248,9 @@ class SelfSupervisedTrainer(Trainer):
         if self.control.should_log:
             self._log_terms(grad_norm)
         if self.control.should_evaluate:
+            then = time.perf_counter()
             self.metrics = self.probe(self)
+            self._pause(then)
             self._emit({"step": self.state.global_step, **self.metrics})
         if self.control.should_save:
             self._save_checkpoint(None, None)  # type: ignore[arg-type]
@@ -273,7 +290,11 @@ class SelfSupervisedTrainer(Trainer):
         """Our own format, see `training/checkpoint.py`."""
         then = time.perf_counter()
         self.save_run(self)
-        self.last_log = (self.last_log[0] + time.perf_counter() - then, self.last_log[1])
+        self._pause(then)
+
+    def _pause(self, since: float) -> None:
+        """Probes and saves do not count as training time."""
+        self.last_log = (self.last_log[0] + time.perf_counter() - since, self.last_log[1])
 
     def run(self) -> None:
         """Train to the end, or to a signal.

@@ -48,6 +48,8 @@ class ImageViews:
             raise ValueError(f"scale: {scale}, must be two areas with 0 < smallest <= largest <= 1")
         if not 0 < aspect[0] <= aspect[1]:
             raise ValueError(f"aspect: {aspect}, must be two ratios width : height with 0 < smallest <= largest")
+        if features.image_size > 8192:
+            raise ValueError(f"image_size: {features.image_size}, at most 8192 pixels")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip: {flip}, must be a probability")
         if len(mean) not in (1, features.channels) or len(std) not in (1, features.channels) or min(std) <= 0:
@@ -59,8 +61,10 @@ class ImageViews:
             share = 1 - mask.ratio if mask.inverse else mask.ratio
             if not (0 < mask.ratio < 1 and 0 < math.floor(features.length * share) < features.length):
                 raise ValueError(f"mask.ratio: {mask.ratio} of {features.length} patches leaves nothing or everything visible")
-            if mask.copies < 1 or not 1 <= mask.width <= min(self.grid):
-                raise ValueError(f"mask: copies must be at least 1 and width between 1 and {min(self.grid)}")
+            if not 1 <= mask.copies <= 1024 or not 1 <= mask.width <= min(self.grid) or not -1 < mask.adjust < 1:
+                raise ValueError(
+                    f"mask: copies must be between 1 and 1024, width between 1 and {min(self.grid)}, adjust between -1 and 1"
+                )
 
     def __call__(self, sample: Image.Image, draw: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
         """One crop and its masks.
@@ -87,7 +91,10 @@ class ImageViews:
         return View(torch.stack([self._tensor(s, centre_box(s.width, s.height), False) for s in samples]), "vision")
 
     def _tensor(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> Tensor:
-        """Cut `box`, resize it to the image size in one go, normalise. (C, H, W)."""
+        """Cut `box`, resize it to the image size in one go, normalise. (C, H, W).
+
+        Departs from torchvision, which cuts first: at the edge the filter sees the pixels around the box.
+        """
         cut = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size), Image.Resampling.BICUBIC, box)
         pixels = np.asarray(cut, np.float32).reshape(self.size, self.size, self.channels)
         if flip:

@@ -160,3 +160,9 @@ def test_token_std_on_two_ranks_is_that_of_all_tokens(tmp_path):
     whole = token_std(drawn(5, 6, 4), mask_of(5, 6, 4))
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-12, atol=0)
+
+
+def test_a_constant_reads_as_constant_under_autocast():
+    tokens = torch.full((8, 64, 16), 3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(token_std(tokens)) == pytest.approx(0.001, rel=1e-3)

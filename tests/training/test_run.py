@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from mmssl.config import Recipe
 from mmssl.errors import DataError, NonFiniteError, RecipeError
 from mmssl.training import checkpoint
-from mmssl.training.pretrain import pretrain
+from mmssl.training.launch import check_deepspeed
+from mmssl.training.pretrain import prepare, pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
-    "train.log_every=1 save.keep=3 watch.every=0 model.depth=2 model.hidden_size=32 model.heads=2 method.top_k=2 train.global_batch=16 "
-    "method.decoder={dim: 32, groups: 4, layers: 2} optim.warmup=2 data.workers=0 train.steps=12 save.every=4 train.threads=1"
+    "train.log_every=1 save.keep=3 watch.every=0 model.depth=2 model.hidden_size=32 model.heads=2 method.top_k=2 "
+    "method.decoder={dim: 32, groups: 4, layers: 2} optim.warmup=2 data.workers=0 train.global_batch=16 train.steps=12 "
+    "save.every=4 train.threads=1"
 )
 
 
@@ -172,6 +174,7 @@ def test_two_processes_equal_one_and_resume(profile, kind, stage, whole, images,
     assert facts["distributed"] == kind
     assert facts["processes"] == {"accelerate": 2, "torch": 2, "launcher": 2}
     assert facts["zero_stage"] == stage
+    assert facts["clip"] == 4.0  # the recipe's, not accelerate's 1.0
     assert [*curve(out).values()] == pytest.approx([*curve(whole).values()], rel=1e-5)
     mine, theirs = (checkpoint.load(checkpoint.find(run / "checkpoints")[0])[0]["model"] for run in (out, whole))
     teacher = [name for name in theirs if name.startswith("method.teacher.")]
@@ -198,12 +201,114 @@ def test_two_processes_equal_one_and_resume(profile, kind, stage, whole, images,
     assert curve(out) == pytest.approx(before, rel=1e-6)
 
 
+def test_without_labels_there_are_still_signs_of_life(images, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (images / "train").glob("*/*.png"):
+        shutil.copy(file, flat)
+    run = pretrain(recipe(flat, tmp_path / "run", "train.steps=4"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["health/rankme"] >= 1
+    assert last["health/embedding_std"] > 0
+    assert not [name for name in last if name.startswith("probe/")]
+
+
+def test_micro_batches_are_fetched_one_by_one(images, tmp_path, monkeypatch):
+    from mmssl.data.dataset import KeyedDataset
+    from mmssl.methods.data2vec2 import Data2Vec2
+
+    events, collate, forward = [], KeyedDataset.collate, Data2Vec2.forward
+    monkeypatch.setattr(KeyedDataset, "collate", lambda self, s: (events.append("fetch"), collate(self, s))[1])
+    monkeypatch.setattr(Data2Vec2, "forward", lambda self, *a: (events.append("train"), forward(self, *a))[1])
+    pretrain(recipe(images, tmp_path / "run", "train.micro_batch=4", "train.steps=2"))
+    assert events[:8] == ["fetch", "train"] * 4
+
+
+def test_trackers_get_the_same_numbers(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = pretrain(recipe(images, tmp_path / "run", "train.steps=4", "train.report_to=[tensorboard]"))
+    (events,) = run.rglob("events.out.tfevents*")
+    log = EventAccumulator(str(events)).Reload()
+    logged = {scalar.step: scalar.value for scalar in log.Scalars("train/loss")}
+    assert logged == pytest.approx(curve(run))
+
+
+def test_a_run_may_start_from_a_model_folder(whole, images, tmp_path):
+    start = recipe(images, tmp_path / "run", f"model.init={whole / 'model'}", "train.steps=4", "optim.warmup=1000000")
+    run = pretrain(start)  # the first rates are next to nothing, so the weights stay where they began
+    mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))
+    for name in theirs:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-5)
+    with pytest.raises(RecipeError, match=r"model\.init"):
+        pretrain(recipe(images, tmp_path / "other", f"model.init={whole / 'model'}", "model.depth=3"))
+
+
+def test_a_stream_trains_and_resumes_exactly(images, tmp_path):
+    import datasets
+
+    files = sorted((images / "train").glob("*/*.png"))
+    (tmp_path / "shards").mkdir()
+    for i in range(4):
+        rows = {"image": [{"bytes": f.read_bytes(), "path": None} for f in files[i::4]]}
+        features = datasets.Features({"image": datasets.Image(decode=False)})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "shards" / f"train-{i}.parquet")
+    more = ["data.streaming=true", "data.readers=2", "data.block=8", "data.path=" + str(tmp_path / "shards"), "train.steps=8"]
+    run = pretrain(recipe(images, tmp_path / "run", *more))
+    before = curve(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    pretrain(recipe(images, run, *more), resume=True)
+    assert curve(run) == before
+
+
+def test_bf16_autocast_trains_and_the_teacher_still_moves(images, tmp_path):
+    run = pretrain(recipe(images, tmp_path / "run", "train.precision=bf16", "method.momentum=0.9999", "watch.linear=false"))
+    tensors = checkpoint.load(checkpoint.find(run / "checkpoints")[0])[0]["model"]
+    start = recipe(images, tmp_path, "method.momentum=0.9999").build().state_dict()
+    name = "teacher.network.encoder.transformer.blocks.0.mlp.fc1.weight"
+    assert tensors[f"method.{name}"].dtype == torch.float32
+    assert not torch.equal(tensors[f"method.{name}"], start[name])
+    assert [*curve(run).values()][-1] < next(iter(curve(run).values()))
+
+
+def test_the_command_line_checks_probes_and_exports(whole, images, tmp_path):
+    checked = command("check", *words(images, tmp_path / "unused", "json=true"))
+    assert checked.returncode == 0, checked.stderr
+    facts = json.loads(checked.stdout.splitlines()[-1])
+    assert facts["trained_parameters"] == sum(p.numel() for p in recipe(images, tmp_path).build().parameters())
+    assert facts["samples_per_second"] > 0
+    assert not (tmp_path / "unused").exists()
+    probed = command("probe", str(whole / "model"), f"data={images}", "random=true", "json=true")
+    assert probed.returncode == 0, probed.stderr
+    scores = json.loads(probed.stdout.splitlines()[-1])
+    assert {*scores} == {"raw", "random", "model"}
+    assert all(0 <= value <= 1 for row in scores.values() for value in row.values())
+    exported = command("export", str(whole), f"to={tmp_path / 'teacher'}", "which=teacher")
+    assert exported.returncode == 0, exported.stderr
+    tensors = checkpoint.load(checkpoint.find(whole / "checkpoints")[0])[0]["model"]
+    for name, tensor in load_file(tmp_path / "teacher" / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[f"method.teacher.network.{name}"])
+
+
 def test_contradicting_launch_settings_are_refused(images, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
     done = command("pretrain", *words(images, tmp_path / "run"), env=environment)
     assert done.returncode == 2
     assert "ACCELERATE_USE_CPU" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ({"gradient_clipping": 1.0}, r"optim\.clip"),
+        ({"gradient_clipping": 4.0, "bf16": {"enabled": True}}, "bf16 engine"),
+        ({"gradient_clipping": "auto", "torch_autocast": {"enabled": True}}, "agree"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(file, word, images, tmp_path):
+    with pytest.raises(RecipeError, match=word):
+        check_deepspeed(file, recipe(images, tmp_path))
 
 
 def test_a_non_finite_loss_is_skipped_and_never_logged_as_zero(images, tmp_path, monkeypatch):
@@ -250,6 +355,44 @@ def test_a_non_finite_gradient_is_skipped(images, tmp_path, monkeypatch):
     tensors, state = checkpoint.load(checkpoint.find(run / "checkpoints")[0])
     assert state["applied"] == 4
     assert all(bool(t.isfinite().all()) for t in tensors["model"].values())
+
+
+def test_the_end_is_saved_even_if_the_last_update_was_skipped(images, tmp_path, monkeypatch):
+    from mmssl.methods.data2vec2 import Data2Vec2
+
+    forward = Data2Vec2.forward
+
+    def poisoned(self, batch, clock):
+        out = forward(self, batch, clock)
+        return out._replace(losses={n: t * float("nan") for n, t in out.losses.items()}) if clock.step == 3 else out
+
+    monkeypatch.setattr(Data2Vec2, "forward", poisoned)
+    run = pretrain(recipe(images, tmp_path / "run", "train.steps=4", "save.every=100"))
+    state = checkpoint.load(checkpoint.find(run / "checkpoints")[0])[1]
+    assert (state["step"], state["applied"]) == (4, 3)
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_samples_without_a_label_count_in_no_probe(images, tmp_path):
+    rows = [{"file": str(file.relative_to(images)), "label": file.parent.name} for file in sorted(images.rglob("*.png"))]
+    for i, row in enumerate(rows):
+        row["label"] = row["label"] if i % 4 else None
+    table = images / "partly.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = pretrain(recipe(images, tmp_path / "run", f"data.path={table}", "train.steps=4"))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["probe/heldout/knn"] <= 1
+    assert 0 <= last["probe/heldout/linear"] <= 1
+
+
+def test_the_online_probe_never_sees_the_labels_that_it_is_measured_on(images, tmp_path):
+    prepared = prepare(recipe(images / "train", tmp_path / "run"))
+    measured = set(prepared.sets.test.data.indices)
+    labels = prepared.dataset.source.labels
+    assert prepared.sets.name == "heldout"
+    assert measured
+    assert {i for i in range(len(labels)) if labels[i] < 0} == measured
+    assert not measured & set(prepared.sets.train.data.indices)
 
 
 def test_a_run_that_stays_non_finite_stops_with_status_4(images, tmp_path, monkeypatch):

@@ -1,0 +1,121 @@
+"""How a run is started: processes, devices, DeepSpeed, and what must not contradict each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mmssl.config import Recipe
+from mmssl.data.sampler import check_batch
+from mmssl.errors import RecipeError
+
+
+def out(recipe: Recipe) -> Path:
+    """The run folder."""
+    return Path(recipe.out or f"runs/{recipe.method.name}")  # type: ignore[attr-defined]
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Arguments of the Trainer; making them joins the process group.
+
+    Raises: RecipeError for launch settings that contradict each other.
+    """
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if deepspeed and forced_cpu:
+        raise RecipeError(
+            "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word. Unset it and use recipes/accelerate/cpu2-zero3.yaml."
+        )
+    for tracker in recipe.train.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"train.report_to: {tracker} is not installed; pip install {tracker}, or leave it out.")
+    cpu = recipe.train.device == "cpu" or forced_cpu or not torch.cuda.is_available()
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
+    import_deepspeed()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, accumulation = batch_split(recipe, processes)
+    return TrainingArguments(
+        output_dir=str(out(recipe)),
+        max_steps=recipe.train.steps or 1,  # replaced once the data are known
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=recipe.optim.clip,
+        learning_rate=recipe.optim.lr,
+        seed=recipe.train.seed,
+        bf16=recipe.train.precision == "bf16" and not deepspeed,
+        use_cpu=cpu and not deepspeed,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="steps",
+        save_steps=recipe.save.every,
+        report_to=[*recipe.train.report_to] or "none",
+        disable_tqdm=True,
+        log_level="error",
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=recipe.data.workers,
+    )
+
+
+def import_deepspeed() -> None:
+    """Before the progress bar starts: accelerate imports it sooner or later, and it then tries compilers aloud on stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import deepspeed  # noqa: F401
+    except Exception as error:  # only a DeepSpeed run needs it, and that one meets the same error again
+        logging.getLogger("mmssl").info("deepspeed cannot be imported: %s", error)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
+    """Samples of a micro-batch and micro-batches of an update on each rank. Raises: RecipeError if they do not divide."""
+    share = recipe.train.global_batch // processes
+    micro = recipe.train.micro_batch or max(share, 1)
+    check_batch(None, recipe.train.global_batch, micro, processes)
+    return micro, share // micro
+
+
+def check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse a DeepSpeed file that would silently train otherwise than the recipe says. Raises: RecipeError.
+
+    accelerate writes `gradient_clipping: 1.0` where the key is missing, and both have an opinion about precision.
+    """
+    clip = config.get("gradient_clipping", 0.0)
+    if clip != "auto" and float(clip) != recipe.optim.clip:
+        raise RecipeError(
+            f"optim.clip: the recipe clips gradients at {recipe.optim.clip}, the DeepSpeed file at {clip} "
+            "(1.0 if it says nothing); "
+            'write "gradient_clipping": "auto" into the file.'
+        )
+    for what in ("offload_optimizer", "offload_param"):
+        if config.get("zero_optimization", {}).get(what, {}).get("device", "none") != "none":
+            raise RecipeError(f"The DeepSpeed file sets {what}, which the teacher does not follow; remove it.")
+    for engine in ("bf16", "fp16"):
+        if config.get(engine, {}).get("enabled") is True:
+            raise RecipeError(
+                f"train.precision: the DeepSpeed file enables the {engine} engine, which rounds the weights "
+                "that the teacher averages; "
+                'use "torch_autocast": {"enabled": true, "dtype": "bfloat16"} instead.'
+            )
+    if (recipe.train.precision == "bf16") != bool(config.get("torch_autocast", {}).get("enabled")):
+        raise RecipeError(
+            f'train.precision: the recipe says {recipe.train.precision}, and under DeepSpeed bf16 is "torch_autocast": '
+            '{"enabled": true, "dtype": "bfloat16"} in its file; make both agree.'
+        )
