@@ -20,7 +20,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 results: $(STAMP)  ## the runs behind docs/results.md; needs ../shared/data, about 25 minutes
 	$(BIN)/python -m tools.results
