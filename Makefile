@@ -1,12 +1,13 @@
 # Two commands on a fresh machine: make demo, make test. Both need Python >= 3.11 and make, nothing else.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 .PHONY: demo test lint results clean
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or 3.12; set PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	touch $@

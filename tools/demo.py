@@ -28,7 +28,7 @@ def demo(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     code = mmssl(["pretrain", *words])
     if code:
         sys.exit(code)
-    scores = probe(run / "model", f"{DATA}/vision", random=True)
+    scores = probe(run / "model", f"{DATA}/vision", random=True, seed=seed)
     scores["pretrained"] = scores.pop("model")
     (folder / "summary.json").write_text(json.dumps({"vision": scores}, indent=2) + "\n")
     print(f"\nimages, trained without labels for {time.monotonic() - start:.0f} s; accuracy on held-out images:\n")

@@ -33,6 +33,7 @@ compiler.
 
 
 def rows(model: Any, prefix: str) -> list[str]:
+    """One Markdown row for each option of a block."""
     lines = []
     for name, field in model.model_fields.items():
         default = field.default

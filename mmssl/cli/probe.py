@@ -14,6 +14,7 @@ from mmssl.cli.options import parse
 OPTIONS = {
     "data": (str, ..., "labelled folder, table or Hub id"),
     "random": (bool, False, "measure a freshly initialised model of the same shape as well"),
+    "seed": (int, 0, "of the freshly initialised model"),
     "train": (str, "train", "split that is remembered"),
     "test": (str, "test", "split that is classified"),
     "samples": (int, 5000, "at most this many samples of each split"),

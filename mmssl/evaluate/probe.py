@@ -60,12 +60,12 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
     return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
-def probe(model: str | Path, data: str, random: bool = False, **options: Any) -> dict[str, dict[str, float]]:
+def probe(model: str | Path, data: str, random: bool = False, seed: int = 0, **options: Any) -> dict[str, dict[str, float]]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
 
     Args:
         model: folder or Hub id.  data: labelled folder, table or Hub id.
-        random: measure a freshly initialised model of the same shape as well.
+        random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1.
     Raises: RecipeError if the data have no labels.
@@ -78,8 +78,9 @@ def probe(model: str | Path, data: str, random: bool = False, **options: Any) ->
     results: dict[str, dict[str, float]] = {}
     networks = {"model": network}
     if random:
-        torch.manual_seed(0)
-        networks = {"random": type(network)(network.config), **networks}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            networks = {"random": type(network)(network.config), **networks}
     for name, candidate in networks.items():
         run = _runner(candidate)
         bank, test = embed_set(sets.train, run), embed_set(sets.test, run)

@@ -42,7 +42,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     import_deepspeed()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro, accumulation = batch_split(recipe, processes)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out(recipe)),
         max_steps=recipe.train.steps or 1,  # replaced once the data are known
         per_device_train_batch_size=micro,
@@ -67,6 +67,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=recipe.data.workers,
     )
+    if arguments.n_gpu > 1:
+        print("mmssl: note: one process uses one GPU; start one for each with accelerate launch --multi_gpu.", file=sys.stderr)
+        arguments._n_gpu = 1  # or the Trainer would wrap the model in DataParallel, which splits batches after masks were drawn
+    return arguments
 
 
 def import_deepspeed() -> None:

@@ -37,7 +37,7 @@ from transformers import AutoModel
 torch.set_num_threads(1)  # as in the tests, so that sums have the same order
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 with torch.no_grad():
-    out = model(pixel_values=torch.load(sys.argv[2]), output_hidden_states=True)
+    out = model(pixel_values=torch.load(sys.argv[2], weights_only=True), output_hidden_states=True)
 torch.save([out.last_hidden_state, out.pooler_output, *out.hidden_states], sys.argv[3])
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert not LACKS & {name.split(".")[0] for name in sys.modules}
@@ -102,7 +102,9 @@ def test_strangers_and_friends_load_an_exported_folder(exported, objective, tmp_
     for process in running:
         told, _ = process.communicate(timeout=120)
         assert process.returncode == 0, told
-    assert_close(torch.load(tmp_path / "out.pt"), outputs(objective.method.student.encoder), rtol=0, atol=1e-6)
+    assert_close(
+        torch.load(tmp_path / "out.pt", weights_only=True), outputs(objective.method.student.encoder), rtol=0, atol=1e-6
+    )
 
 
 def test_the_default_is_the_student_and_the_teacher_can_be_had(exported, objective):

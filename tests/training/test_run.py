@@ -120,20 +120,25 @@ def test_a_killed_run_resumes_with_a_bit_identical_curve(whole, images, tmp_path
 
 
 def test_the_first_signal_saves_and_the_run_goes_on_later(whole, images, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmssl", "pretrain", *words(images, out)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not curve(out) if (out / "metrics.jsonl").exists() else time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    for attempt in range(4):  # on a busy machine the signal may come after the end
+        out = tmp_path / f"run-{attempt}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmssl", "pretrain", *words(images, out)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and curve(out)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        state = json.loads((out / "status.json").read_text())
+        if state["state"] != "finished" and process.returncode >= 0:
+            break
+    else:
+        pytest.fail("every run ended before the signal")
     assert process.returncode == 0, errors
-    state = json.loads((out / "status.json").read_text())
     assert state["state"] == "preempted"
     assert checkpoint.step_of(checkpoint.find(out / "checkpoints")[0]) == state["step"] < 12
     assert command("status", str(out)).returncode == 75
@@ -157,22 +162,25 @@ def test_micro_batches_do_not_change_the_curve(whole, images, tmp_path):
     assert [*curve(split).values()] == pytest.approx([*curve(whole_lr).values()], rel=2e-6)
 
 
-def launch(profile: str, images: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+def accelerate(profile: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    binary = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", f"recipes/accelerate/{profile}.yaml"]
     return subprocess.run(
-        [*binary, "recipes/pretrain.py", *words(images, out, *more)], cwd=ROOT, capture_output=True, text=True, env=environment
+        ["accelerate", "launch", "--config_file", f"recipes/accelerate/{profile}.yaml", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("profile", "kind", "stage"), [("cpu2-ddp", "MULTI_CPU", None), ("cpu2-zero3", "DEEPSPEED", 3)])
-def test_two_processes_equal_one_and_resume(profile, kind, stage, whole, images, tmp_path):
+def test_two_processes_equal_one_and_take_over_from_each_other(profile, kind, stage, whole, images, tmp_path):
     if stage and not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
     out = tmp_path / "run"
-    done = launch(profile, images, out)
+    done = accelerate(profile, "recipes/pretrain.py", *words(images, out))
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((out / "status.json").read_text())["launch"]
     assert facts["distributed"] == kind
@@ -185,24 +193,19 @@ def test_two_processes_equal_one_and_resume(profile, kind, stage, whole, images,
     for name in teacher:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
     start = recipe(images, tmp_path).build().state_dict()
-    moved = [name for name in teacher if not torch.equal(mine[name], start[name.removeprefix("method.")])]
-    assert len(moved) == len(teacher) - 1  # all but the fixed positions
+    changed = [name for name in teacher if not torch.equal(mine[name], start[name.removeprefix("method.")])]
+    assert len(changed) == len(teacher) - 1  # all but the fixed positions
 
-    # Lose the last third, go on from step 8 on two processes.
+    # Saved by two, resumed by one; saved by one, resumed by two.
     shutil.rmtree(out / "checkpoints" / "step-00000012")
-    before = curve(out)
-    launcher = [
-        str(Path(sys.executable).parent / "accelerate"),
-        "launch",
-        "--config_file",
-        f"recipes/accelerate/{profile}.yaml",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
-    again = subprocess.run(
-        [*launcher, "-m", "mmssl", "resume", str(out)], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
+    pretrain(recipe(images, out), resume=True)
+    assert curve(out) == pytest.approx(curve(whole), rel=1e-5)
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    shutil.rmtree(moved / "checkpoints" / "step-00000012")
+    again = accelerate(profile, "-m", "mmssl", "resume", str(moved))
     assert again.returncode == 0, again.stderr[-3000:]
-    assert curve(out) == pytest.approx(before, rel=1e-6)
+    assert curve(moved) == pytest.approx(curve(whole), rel=1e-5)
 
 
 def test_without_labels_there_are_still_signs_of_life(images, tmp_path):
