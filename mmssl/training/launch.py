@@ -22,6 +22,11 @@ def out(recipe: Recipe) -> Path:
     return Path(recipe.out or f"runs/{recipe.method.name}")  # type: ignore[attr-defined]
 
 
+def launched() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Arguments of the Trainer; making them joins the process group.
 
@@ -40,7 +45,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
     import_deepspeed()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched()
     micro, accumulation = batch_split(recipe, processes)
     arguments = TrainingArguments(
         output_dir=str(out(recipe)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from mmssl.hub.export import export_encoder, export_heads, load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, modality
 from mmssl.training import checkpoint
-from mmssl.training.launch import batch_split, out, training_arguments
+from mmssl.training.launch import batch_split, launched, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder, write_atomic
@@ -47,18 +46,20 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> P
     Raises: MmsslError with the exit status of the contract.
     """
     run = prepare(recipe, overwrite, resume)
-    handler = run.folder.log_handler()
-    logging.getLogger("mmssl").addHandler(handler)
+    log, handler = logging.getLogger("mmssl"), run.folder.log_handler()
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
     try:
         run.train()
     except BaseException as error:
+        log.error("stopped: %s: %s", type(error).__name__, error)
         record_failure(run.folder, error, step=run.trainer.state.global_step, steps=run.steps)
         known = storage_error(error, run.folder.path) if isinstance(error, Exception) else None
         if known and not isinstance(error, MmsslError):
             raise known from error
         raise
     finally:
-        logging.getLogger("mmssl").removeHandler(handler)
+        log.removeHandler(handler)
     return run.folder.path
 
 
@@ -67,13 +68,12 @@ def prepare(
 ) -> Run:
     """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
     args = training_arguments(recipe)
-    main = args.process_index == 0
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
     source = open_source(recipe.data, kind, recipe.data.split)  # before the folder: a wrong path leaves no trace
     steps_per_epoch(recipe, source)
-    folder = _first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), main)
+    folder = _first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
         return Run(recipe, args, kind, source, folder, resume, trainer)
@@ -114,24 +114,20 @@ def finish(folder: Path) -> int:
     return 0
 
 
-def _first(make: Callable[[], RunFolder], main: bool) -> RunFolder | None:
+def _first(make: Callable[[], RunFolder], args: TrainingArguments) -> RunFolder | None:
     """Make the folder on the main process; its error reaches all ranks."""
     error, folder = None, None
-    if main:
+    if args.process_index == 0:
         try:
             folder = make()
         except MmsslError as problem:
             error = problem
-    failed = float(all_sum(torch.tensor(float(error is not None), device="cuda" if _on_cuda() else "cpu")))
+    failed = float(all_sum(torch.tensor(float(error is not None), device=args.device)))
     if error is not None:
         raise error
     if failed:
         raise RecipeError("The main process could not use the run folder; its message says why.")
     return folder
-
-
-def _on_cuda() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
 
 
 def steps_per_epoch(recipe: Recipe, source: Source) -> int:
@@ -266,15 +262,11 @@ class Run:
         plugin = getattr(self.trainer.accelerator.state, "deepspeed_plugin", None)
         return {
             "distributed": self.trainer.accelerator.distributed_type.name,
-            "processes": {"accelerate": self.trainer.accelerator.num_processes, "torch": world(), "launcher": self._launched()},
+            "processes": {"accelerate": self.trainer.accelerator.num_processes, "torch": world(), "launcher": launched()},
             "zero_stage": plugin.zero_stage if plugin else None,
             "clip": plugin.deepspeed_config["gradient_clipping"] if plugin else self.args.max_grad_norm,
             "device": str(self.args.device),
         }
-
-    @staticmethod
-    def _launched() -> int:
-        return int(os.environ.get("WORLD_SIZE", "1"))
 
     def train(self) -> None:
         """To the end, or to a signal."""
@@ -284,8 +276,8 @@ class Run:
                 self.trainer.run()
             except DataError as error:  # from a worker it comes with a traceback before its text
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
-        state = "preempted" if self.trainer.stop_signal is not None else "finished"
-        self.folder.status(state, step=self.trainer.state.global_step, steps=self.steps)
+        step = self.trainer.state.global_step
+        self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
 
     # Probes ----------------------------------------------------------------------------------------------------------
 

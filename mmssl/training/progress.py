@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from tqdm import tqdm
@@ -32,5 +33,7 @@ class Progress:
         for name, value in line.items():
             if name.startswith("probe/"):
                 self.shown[name.rsplit("/", 1)[1]] = f"{value:.1%}"
+        told = "  ".join(f"{name} {value}" for name, value in self.shown.items())
+        logging.getLogger("mmssl").info("step %d  %s", line["step"], told)
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(line["step"] - self.bar.n)

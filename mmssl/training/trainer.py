@@ -109,6 +109,7 @@ class SelfSupervisedTrainer(Trainer):
         self.sums: dict[str, Tensor] = {}
         self.terms = 0
         self.skipped_since_log = 0
+        self._done = -1  # step that was logged, probed and saved last
         self.last_log = (time.perf_counter(), start)
         self.metrics: dict[str, float] = {}
         self.module_parameters = [p for p in objective.method.parameters() if p.requires_grad]
@@ -255,8 +256,6 @@ class SelfSupervisedTrainer(Trainer):
         if self.control.should_save:
             self._save_checkpoint(None, None)  # type: ignore[arg-type]
             self.control.should_save = False
-
-    _done = -1
 
     def _log_terms(self, grad_norm: Any) -> None:
         """Means over the updates since the last line; null, never 0.0, if none of them was applied."""

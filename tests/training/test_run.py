@@ -78,6 +78,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
     }
     status = json.loads((whole / "status.json").read_text())
     assert (status["state"], status["step"], status["steps"]) == ("finished", 12, 12)
+    assert "step 12  loss 8." in (whole / "log.txt").read_text()
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 13)]
     for line in lines:
@@ -144,6 +145,19 @@ def test_the_first_signal_saves_and_the_run_goes_on_later(whole, images, tmp_pat
     assert command("status", str(out)).returncode == 75
     assert command("resume", str(out)).returncode == 0
     assert curve(out) == curve(whole)
+
+
+def test_a_signal_at_the_very_end_does_not_make_a_finished_run_unfinished(images, tmp_path):
+    prepared = prepare(recipe(images, tmp_path / "run", "train.steps=2"))
+    save = prepared.trainer.save_run
+
+    def interrupted(trainer):
+        save(trainer)
+        trainer.stop_signal = signal.SIGTERM
+
+    prepared.trainer.save_run = interrupted
+    prepared.train()
+    assert prepared.folder.read_status()["state"] == "finished"
 
 
 def test_a_plain_accelerate_loop_gives_the_same_losses(whole, images, tmp_path):
