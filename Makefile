@@ -12,8 +12,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	touch $@
 
-demo: $(STAMP)  ## train on images in a few minutes and show what was learned
-	$(BIN)/python tools/demo.py
+demo: $(STAMP)  ## train on images, speech and text, some minutes in all, and show what was learned
+	$(BIN)/python -m tools.demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

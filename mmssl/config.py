@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import typing
 from collections.abc import Callable
 from functools import cache
@@ -48,6 +49,13 @@ class DataOptions(Options):
     readers: int = Field(8, ge=1, description="Independent readers of a stream for each rank; a multiple of `workers`.")
     block: int = Field(1024, ge=1, description="Rows of a stream that are shuffled together.")
     limit: int | None = Field(None, ge=1, description="Use only this many samples, spread evenly.")
+    buckets: int = Field(16, ge=1, description="Groups of samples of like length that are batched together.")
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="Audio samples (speech) or tokens (text documents) in a micro-batch; train.micro_batch times the longest "
+        "view if unset.",
+    )
     workers: int = Field(2, ge=0, description="Processes for each rank that decode and augment.")
     max_bad: float = Field(0.001, ge=0, le=1, description="Share of unreadable samples above which the run stops.")
     min_bad: int = Field(100, ge=0, description="Unreadable samples that are always tolerated; 0 with max_bad=0 is strict.")
@@ -62,6 +70,8 @@ class OptimOptions(Options):
     weight_decay: float = Field(0.05, ge=0)
     decay: Literal["matrices", "all"] = Field("matrices", description="What weight decay reaches.")
     warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
+    hold: int = Field(0, ge=0, description="Updates at the peak after the warm-up.")
+    fall: Literal["cosine", "exponential"] = Field("cosine", description="To 0 by half a cosine, or to 1 % of the peak.")
     clip: float = Field(0.0, ge=0, description="Largest global gradient norm; 0 = no clipping.")
 
 
@@ -92,6 +102,10 @@ class WatchOptions(Options):
     samples: int = Field(5000, ge=20, description="At most this many samples of each split.")
     neighbours: int = Field(20, ge=1)
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
+    guard: dict[str, float] = Field(
+        default_factory=dict, description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops."
+    )
+    guard_after: int = Field(5000, ge=0, description="Updates before the guard wakes.")
 
 
 class SaveOptions(Options):
@@ -179,6 +193,16 @@ class Recipe(Options):
             raise RecipeError(f"{where} has {len(set(problems))} error{'s' * (len(set(problems)) > 1)}:\n{listing}")
         return recipe
 
+    def configure(self) -> None:
+        """Write the model options that the views decide, such as the size of a vocabulary, into `model`.
+
+        Raises: ValueError that begins with the key that is wrong.
+        """
+        kind = modality(self.data.modality)
+        if kind.configure is not None:
+            decided = kind.configure(self.model.model_dump(exclude={"init"}), self._view_options())
+            self.model = self.model.model_copy(update=decided)
+
     def conflicts(self) -> list[str]:
         """Combinations that cannot work, found by building model and views without memory."""
         import torch
@@ -190,11 +214,12 @@ class Recipe(Options):
         if chosen.masks and getattr(self.views, "mask", None) is None:
             problems.append(f"views.mask: {self.method.name} learns from hidden tokens; give views.mask={{}} or a ratio")  # type: ignore[attr-defined]
         with torch.device("meta"):
-            for block, build in (("model", self._encoder), ("views", self.build_views), ("method", self.build)):
+            steps = (("model", self.configure), ("model", self._encoder), ("views", self.build_views), ("method", self.build))
+            for block, build in steps:
                 try:
                     build()
                 except ValueError as error:
-                    problems.append(f"{block}.{error}")
+                    problems.append(keyed(block, error))
                     if block == "model":
                         break  # the others cannot be built on it
         return problems
@@ -214,7 +239,10 @@ class Recipe(Options):
         """The view maker of the modality."""
         kind = modality(self.data.modality)
         with_features = kind.features(**_known(kind.features, self.config().to_dict() | {"dim": self.config().hidden_size}))
-        return kind.views(with_features, **{name: getattr(self.views, name) for name in type(self.views).model_fields})
+        return kind.views(with_features, **self._view_options())
+
+    def _view_options(self) -> dict[str, Any]:
+        return {name: getattr(self.views, name) for name in type(self.views).model_fields}
 
     def build(self) -> Method:
         """The trainable module, without probes. Weights depend on `train.seed` alone; works under `torch.device("meta")`."""
@@ -231,6 +259,12 @@ class Recipe(Options):
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def keyed(block: str, error: ValueError) -> str:
+    """The text of an error in that block, which begins with a key of the recipe."""
+    named = re.match(rf"({'|'.join(Recipe.model_fields)})\.\w", str(error))
+    return str(error) if named else f"{block}.{error}"
 
 
 def _sub(raw: dict[str, Any], block: str, name: str) -> Any:
@@ -339,7 +373,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 

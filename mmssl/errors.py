@@ -24,7 +24,13 @@ class DataError(MmsslError):
 
 
 class NonFiniteError(MmsslError):
-    """Loss or gradients stayed non-finite, or the run collapsed (exit 4)."""
+    """Loss or gradients stayed non-finite (exit 4)."""
+
+    code = 4
+
+
+class CollapseError(MmsslError):
+    """A health metric fell below what `watch.guard` asks for (exit 4)."""
 
     code = 4
 

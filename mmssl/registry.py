@@ -19,8 +19,14 @@ GROUP = "mmssl.modalities"
 class Views(Protocol):
     """Turns a decoded sample into the views that a method sees."""
 
-    def __call__(self, sample: Any, draw: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
-        """Tensors of one sample; `draw(i)` gives the generator of view i."""
+    ragged: bool  # whether batches differ in length or valid tokens, so that losses must be divided over all of an update
+    longest: int | None  # length of the longest view in the unit of `Source.lengths`; None where all are as long
+
+    def __call__(self, sample: Any, draw: Callable[[int], torch.Generator], length: int | None = None) -> dict[str, Tensor]:
+        """Tensors of one sample; `draw(i)` gives the generator of view i.
+
+        `length` is what the shortest sample of the same update has; views that need equal lengths cut to it.
+        """
         ...
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
@@ -28,7 +34,7 @@ class Views(Protocol):
         ...
 
     def plain(self, samples: Sequence[Any]) -> View:
-        """The view used for evaluation: no augmentation, no mask."""
+        """The view used for evaluation: no augmentation, no mask; padded where samples differ in length."""
         ...
 
 
@@ -44,6 +50,11 @@ class Modality(NamedTuple):
     suffixes: tuple[str, ...]  # of files in a folder, lower case
     processor: Callable[[Any, Any], Any]  # (config, views) -> the transformers processor to export
     plain_views: Callable[[Any, Any], Views]  # (model, its folder or id) -> the views that model was trained for
+    # (source, views, quarantine) -> the source with what must be known of all samples first: lengths, packed blocks
+    prepare: Callable[[Any, Any, Any], Any] | None = None
+    # (model options, view options) -> the model options that the views decide, such as the size of a vocabulary
+    configure: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
 
 
 @cache

@@ -12,31 +12,43 @@ class Mask(NamedTuple):
     """Which tokens the student does not see. The rows of one sample's masks are adjacent, all rows keep as many tokens."""
 
     hidden: Tensor  # (M*B, L) bool, True = masked
-    keep: Tensor  # (M*B, L_visible) visible positions, ascending
+    keep: Tensor  # (M*B, L_visible) visible positions, ascending; where a row has fewer, padding fills it up
     restore: Tensor  # (M*B, L) order that puts visible + filler tokens back in place
 
     @classmethod
-    def of(cls, hidden: Tensor) -> Mask:
+    def of(cls, hidden: Tensor, pad: Tensor | None = None) -> Mask:
         """Index a boolean mask.
 
         Args:
             hidden: (M*B, L) bool, True = masked.
-        Raises: ValueError if the rows keep different numbers of tokens, or if nothing or everything is visible.
+            pad: (B, L) bool, True = padding. Padding is neither masked nor needed: a row that keeps fewer tokens than
+                another keeps some of its padding too.
+        Raises: ValueError if rows without padding keep different numbers of tokens, if padding is masked, or if nothing or
+            everything of a row is visible.
         """
-        visible = (~hidden).sum(1)
-        kept = int(visible[0])
-        if not bool((visible == kept).all()):
+        if pad is None:
+            waste = torch.zeros_like(hidden)
+        else:
+            waste = pad.repeat_interleave(hidden.shape[0] // pad.shape[0], 0)
+            if bool((hidden & waste).any()):
+                raise ValueError("mask: padding must not be masked")
+        visible = (~hidden & ~waste).sum(1)
+        kept = int(visible.max())
+        if not bool((visible + waste.sum(1) >= kept).all()):
             raise ValueError(f"mask: rows keep between {int(visible.min())} and {int(visible.max())} tokens, they must agree")
-        if not 0 < kept < hidden.shape[1]:
+        if not (bool((visible > 0).all()) and bool(hidden.any(1).all())):
             raise ValueError(
-                f"mask: {kept} of {hidden.shape[1]} tokens stay visible; at least one must be visible and one hidden"
+                f"mask: {int(visible.min())} of {hidden.shape[1]} tokens stay visible in a row; "
+                "at least one must be visible and one hidden"
             )
-        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
-        return cls(hidden, order[:, :kept].contiguous(), order.argsort(dim=1))
+        order = (waste.to(torch.uint8) + 2 * hidden.to(torch.uint8)).argsort(dim=1, stable=True)  # visible, padding, hidden
+        keep = order[:, :kept].sort(1).values
+        rest = torch.ones_like(hidden).scatter_(1, keep, False)
+        return cls(hidden, keep, rest.to(torch.uint8).argsort(dim=1, stable=True).argsort(dim=1))
 
     @property
     def count(self) -> int:
-        """Masked tokens per row."""
+        """Places per row that fillers take: masked tokens, and padding beyond what is kept."""
         return self.hidden.shape[1] - self.keep.shape[1]
 
 
@@ -45,7 +57,7 @@ class View(NamedTuple):
 
     x: Tensor  # vision (B, C, H, W) | speech (B, samples) | text (B, L) token ids
     modality: str  # a registry name
-    pad: Tensor | None = None  # (B, L) bool, True = padding
+    pad: Tensor | None = None  # (B, L) bool, True = padding; in tokens or frames, not in samples of sound
     mask: Mask | None = None  # drawn with the view; rows (M*B, L)
 
     @property
@@ -89,6 +101,7 @@ class Encoded(NamedTuple):
     tokens: Tensor  # (B, L, D) content only, extra tokens removed
     cls: Tensor | None = None  # (B, D)
     layers: tuple[Tensor, ...] = ()  # per trunk block (B, L, D): FFN output before the residual sum, on request
+    pad: Tensor | None = None  # (B, L) bool, True = padding
 
 
 class StepOutput(NamedTuple):
@@ -110,7 +123,7 @@ class Clock(NamedTuple):
 class Rejected(Exception):
     """A sample that cannot be used. Counted and replaced, never fatal by itself."""
 
-    kinds = ("unreadable", "truncated", "too_large", "too_long", "empty", "wrong_type", "bad_text", "non_finite")
+    kinds = ("unreadable", "truncated", "too_large", "too_long", "too_short", "empty", "wrong_type", "bad_text", "non_finite")
 
     def __init__(self, kind: str, reason: str = ""):
         if kind not in self.kinds:

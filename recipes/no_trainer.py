@@ -1,6 +1,6 @@
 """The same training in a plain accelerate loop: no Trainer, nothing hidden. Copy it when the Trainer is in your way.
 
-Without micro-batches, probes, checkpoints, streams and compilation.
+Without micro-batches, unequal numbers of tokens on several ranks, probes, checkpoints, streams and compilation.
 
 accelerate launch recipes/no_trainer.py RECIPE [key=value ...]
 """
@@ -36,11 +36,17 @@ def train(recipe: Recipe) -> list[float]:
     source = open_source(recipe.data, kind, recipe.data.split)
     if source.streaming or recipe.model.init or recipe.train.compile:  # type: ignore[attr-defined]
         raise RecipeError("data.streaming, model.init and train.compile are for `mmssl pretrain`.")
-    data = KeyedDataset(source, kind, views, seed, Quarantine(None, recipe.data.max_bad, recipe.data.min_bad))
-    per_epoch = source.size // recipe.train.global_batch
-    steps = recipe.train.steps or round((recipe.train.epochs or 1) * per_epoch)
-    micro = recipe.train.global_batch // world
-    keys = KeyBatches(source.size, recipe.train.global_batch, micro, rank, world, steps, seed)
+    if views.ragged and world > 1:
+        raise RecipeError(
+            f"{recipe.data.modality} on several ranks is for `mmssl pretrain`, which weighs them by their tokens."
+        )
+    quarantine = Quarantine(None, recipe.data.max_bad, recipe.data.min_bad)
+    source = kind.prepare(source, views, quarantine) if kind.prepare else source
+    data = KeyedDataset(source, kind, views, seed, quarantine)
+    batch, length, d = recipe.train.global_batch, views.longest, recipe.data
+    keys = KeyBatches(source.size, batch, batch // world, rank, world, 0, seed, 0, source.lengths, length, d.buckets, d.budget)
+    per_epoch = keys.epoch_length
+    steps = keys.steps = recipe.train.steps or round((recipe.train.epochs or 1) * per_epoch)
     loader = DataLoader(data, batch_sampler=keys, collate_fn=data.collate, num_workers=recipe.data.workers)
 
     objective = Objective(recipe.build()).to(accelerator.device)
@@ -51,7 +57,7 @@ def train(recipe: Recipe) -> list[float]:
         clock = Clock(step, steps, step // per_epoch)
         set_rates(optimizer, rate(clock))
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        out = model(batch, row_keys(seed, step, 0, micro, rank, world), clock)
+        out = model(batch, row_keys(seed, step, 0, len(batch["index"]), rank, world), clock)
         accelerator.backward(out["total"])
         if recipe.optim.clip:
             accelerator.clip_grad_norm_(objective.parameters(), recipe.optim.clip)

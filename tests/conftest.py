@@ -1,18 +1,22 @@
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from mmssl.config import Recipe
+from mmssl.masks import blocks, uniform
 from mmssl.methods.data2vec2 import Data2Vec2
+from mmssl.methods.method import Method
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.decoder import ConvDecoderOptions
 from mmssl.model.encoder import Encoder
 from mmssl.random import generator
 from mmssl.types import Batch, Mask, View
-from modalities.vision.masks import inverse_blocks
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -80,19 +84,68 @@ def trained():
     return train
 
 
+SHAPES = {
+    "vision": {"image_size": 16, "patch_size": 4, "prenet_depth": 1},
+    "speech": {"conv_channels": 8, "position_groups": 4, "extra_tokens": 0, "prenet_depth": 1},
+    "text": {"vocab_size": 50, "mask_token_id": 49, "max_tokens": 16, "extra_tokens": 0},
+}
+DECODERS = {
+    "vision": {"groups": 4, "layers": 2},
+    "speech": {"groups": 4, "layers": 2, "kernel": 5},
+    "text": {"groups": 1, "layers": 2, "kernel": 5, "residual": False, "hidden": 24},
+}
+SPOKEN = {"final_norm": "none", "teacher_features": "share", "cls_weight": 0.0}
+OPTIONS = {"vision": {}, "speech": SPOKEN, "text": SPOKEN | {"loss_scale": 1.0}}
+
+
 @pytest.fixture
 def tiny():
-    """Function: a small Data2Vec2 and a batch for it, both the same at each call with the same arguments."""
+    """Function: a small Data2Vec2 and a batch for it, both the same at each call with the same arguments.
 
-    def build(samples: int = 3, copies: int = 4, dim: int = 16, top_k: int = 2, cls_weight: float = 2.56, **config):
+    Of 16 tokens; three quarters are hidden in images, half of the valid ones in sound and text. `valid` is how many tokens of
+    each sample are not padding. `options` are the method's, `config` the model's; `make(encoder, top_k, **options)` builds
+    another method.
+    """
+
+    def build(
+        samples: int = 3,
+        copies: int = 4,
+        dim: int = 16,
+        top_k: int = 2,
+        modality: str = "vision",
+        valid: Sequence[int] | None = None,
+        make: Callable[..., Method] | None = None,
+        options: dict[str, Any] = {},  # noqa: B006
+        **config: Any,
+    ):
+        if "cls_weight" in config:
+            options = options | {"cls_weight": config.pop("cls_weight")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            shape = {"image_size": 16, "patch_size": 4, "depth": 3, "prenet_depth": 1, "heads": 4} | config
-            encoder = Encoder.from_config(MmsslConfig(hidden_size=dim, **shape))
-            method = Data2Vec2(encoder, ConvDecoderOptions(dim=dim, groups=4, layers=2), top_k, cls_weight)
-        draw = generator("batch")
-        x = torch.randn(samples, 3, shape["image_size"], shape["image_size"], generator=draw)
-        hidden = inverse_blocks(encoder.features.grid, samples * copies, 0.75, 2, 0.1, draw)
-        return method, Batch([View(x, "vision", mask=Mask.of(hidden))], torch.arange(samples), tuple(range(100, 100 + samples)))
+            shape = {"depth": 3, "heads": 4} | SHAPES[modality] | config
+            encoder = Encoder.from_config(MmsslConfig(modality=modality, hidden_size=dim, **shape))
+            if make is None:
+                decoder = ConvDecoderOptions(dim=dim, **DECODERS[modality])
+                method = Data2Vec2(encoder, decoder, top_k, **(OPTIONS[modality] | options))
+            else:
+                method = make(encoder, top_k=top_k, **options)
+        draw, pad = generator("batch"), None
+        if modality == "vision":
+            x = torch.randn(samples, 3, shape["image_size"], shape["image_size"], generator=draw)
+            hidden = blocks(encoder.features.grid, samples * copies, 0.75, 2, 0.1, draw, inverse=True)
+        else:
+            lengths = valid or [16] * samples
+            longest = max(lengths)
+            rows = [F.pad(uniform(n, copies, 0.5, draw), (0, longest - n)) for n in lengths]
+            hidden = torch.cat(rows)
+            if modality == "text":
+                x = torch.randint(2, 49, (samples, longest), generator=draw)
+            else:
+                x = torch.randn(samples, 400 + 320 * (longest - 1), generator=draw)
+            if valid:
+                pad = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+                x = x.masked_fill(pad, 1) if modality == "text" else x
+        view = View(x, modality, pad, Mask.of(hidden, pad))
+        return method, Batch([view], torch.arange(samples), tuple(range(100, 100 + samples)))
 
     return build

@@ -5,6 +5,7 @@ import random
 import pytest
 import yaml
 
+from mmssl import config
 from mmssl.config import MAX_BYTES, Recipe, find_recipe, read_yaml, shipped_recipes
 from mmssl.errors import RecipeError
 from mmssl.schedules import Schedule
@@ -92,9 +93,13 @@ def test_a_recipe_is_named_after_its_file_and_building_depends_on_its_seed_alone
         ("train.precision=fp16", ["train.precision: found 'fp16'; input should be 'fp32' or 'bf16'"]),
         ("method.name=[data2vec2]", ["method.name: found ['data2vec2'], known methods are"]),
         ("data.modality={a: 1}", ["data.modality: found {'a': 1}; input should be a valid string"]),
-        ("method.momentum={start: 0.9, end: 1, shape: sine}", ["method.momentum.shape: found 'sine'", "'linear' or 'cosine'"]),
+        ("method.momentum={start: 0.9, end: 1, shape: sine}", ["method.momentum.shape: found 'sine'", "'linear', 'cosine'"]),
         # out of range
         ("optim.lr=0", ["optim.lr: found 0; input should be greater than 0"]),
+        ("data.buckets=0", ["data.buckets: found 0; input should be greater than or equal to 1"]),
+        ("data.budget=many", ["data.budget: found 'many'"]),
+        ("watch.guard={target_std: low}", ["watch.guard.target_std: found 'low'"]),
+        ("watch.guard_after=-1", ["watch.guard_after: found -1"]),
         ("watch.samples=3", ["watch.samples: found 3; input should be greater than or equal to 20"]),
         ("optim.lr=.inf", ["optim.lr: found inf; input should be a finite number"]),
         ("views.std=[.nan]", ["views.std.0: found nan; input should be a finite number"]),
@@ -140,7 +145,7 @@ def test_a_mistake_is_answered_with_its_key_and_the_mend(override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("views.mask.copys=3", "views.mask.copys: unknown key (did you mean copies?); allowed are ratio, "),
+        ("views.mask.copys=3", "views.mask.copys: unknown key (did you mean copies?); allowed are kind, ratio, "),
         ("method.decoder.kernal=3", "method.decoder.kernal: unknown key (did you mean kernel?)"),
         ("method.momentum={start: 0.9, ende: 1}", "method.momentum.ende: unknown key (did you mean end?)"),
     ],
@@ -172,6 +177,67 @@ def test_an_override_that_is_none_is_refused(text):
 
 def test_a_recipe_that_does_not_exist_is_answered_with_the_nearest():
     assert f"did you mean {DEMO}?" in refused(recipe="vision/data2vec2-dmo")
+
+
+# What the views decide of the model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Function: what `configure` of images does; returns the list of its calls."""
+
+    def use(configure):
+        calls = []
+        changed = config.modality("vision")._replace(configure=lambda *a: (calls.append(a), configure(*a))[1])
+        monkeypatch.setattr(config, "modality", lambda name: changed)
+        return calls
+
+    return use
+
+
+def test_options_that_the_views_decide_are_filled_in_once_and_saved(configured, tmp_path):
+    calls = configured(lambda model, views: {"image_size": model["patch_size"] * 9})
+    recipe = Recipe.load(DEMO, "views.flip=0.25")
+    assert recipe.model.image_size == recipe.config().image_size == 36
+    assert recipe.build_views().size == 36
+    assert recipe.build().student.encoder.features.grid == (9, 9)
+    assert yaml.safe_load(recipe.dump())["model"]["image_size"] == 36
+    assert len(calls) == 1
+    model, views = calls[0]
+    assert (model["patch_size"], model["image_size"], views["flip"]) == (4, 32, 0.25)
+    assert "init" not in model
+    calls = configured(lambda model, views: model)  # as they are read again
+    assert Recipe.load(written(tmp_path, recipe.dump())).model_dump() == recipe.model_dump()
+
+
+def test_a_mistake_in_what_the_views_decide_is_told_with_the_others(configured):
+    def fail(text):
+        def configure(model, views):
+            raise ValueError(text)
+
+        return configure
+
+    configured(fail("views.tokenizer: no such folder"))
+    message = refused("optim.lr=0")
+    assert message.startswith(f"{DEMO} has 2 errors:\n")
+    assert "\n  views.tokenizer: no such folder" in message
+    assert "\n  optim.lr: found 0" in message
+    configured(fail("vocab_size: too small"))
+    assert "\n  model.vocab_size: too small" in refused()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("views.tokenizer: none", "views.tokenizer: none"),
+        ("data.path: empty", "data.path: empty"),
+        ("tokenizer: none", "views.tokenizer: none"),
+        ("viewsize: none", "views.viewsize: none"),
+        ("model: none", "views.model: none"),
+    ],
+)
+def test_a_message_that_names_its_key_keeps_it(text, found):
+    assert config.keyed("views", ValueError(text)) == found
 
 
 # YAML ------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,66 @@ def test_fillers_are_placed_in_their_own_order():
     assert restore(torch.tensor([[[1.0], [2.0]]]), fillers, mask_of(".xx.x")).flatten().tolist() == [1, 10, 11, 2, 12]
 
 
+def padded(*rows: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x = hidden, . = visible, space = padding."""
+    return torch.tensor([[c == "x" for c in r] for r in rows]), torch.tensor([[c == " " for c in r] for r in rows])
+
+
+def test_a_row_that_keeps_fewer_tokens_keeps_padding_to_be_as_long_as_the_others():
+    mask = Mask.of(*padded("x.x..x", "..x.  ", ".x    ", "x..x. "))
+    assert mask.keep.tolist() == [[1, 3, 4], [0, 1, 3], [0, 2, 3], [1, 2, 4]]
+    assert mask.count == 3
+    assert mask.restore.tolist() == [[3, 0, 4, 1, 2, 5], [0, 1, 3, 2, 4, 5], [0, 3, 1, 2, 4, 5], [3, 0, 1, 4, 2, 5]]
+
+
+def test_masks_of_padded_rows_keep_what_is_visible_and_restore_everything():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(2, 12, (4, 1), generator=draw)
+        pad = torch.arange(12) >= lengths
+        pad[0] = False
+        scores = torch.rand(8, 12, generator=draw).masked_fill(pad.repeat_interleave(2, 0), 2.0)
+        hidden = scores.argsort(1).argsort(1) < (lengths // 2).clamp(min=1).repeat_interleave(2, 0)
+        hidden[:2] = scores[:2].argsort(1).argsort(1) < 6
+        mask, wide = Mask.of(hidden, pad), pad.repeat_interleave(2, 0)
+        kept = (~hidden & ~wide).sum(1)
+        assert mask.keep.shape == (8, int(kept.max()))
+        for row in range(8):
+            keep = mask.keep[row]
+            assert bool((keep.diff() > 0).all())
+            visible = (~hidden & ~wide)[row].nonzero().flatten()
+            assert set(visible.tolist()) <= set(keep.tolist())
+            assert not bool(hidden[row, keep].any())
+            assert int(wide[row, keep].sum()) == mask.keep.shape[1] - int(kept[row])  # as much padding as is needed
+            assert sorted(mask.restore[row].tolist()) == list(range(12))
+            assert mask.restore[row, keep].tolist() == list(range(len(keep)))
+
+
+def test_padding_changes_nothing_where_there_is_none():
+    hidden = torch.rand(6, 11, generator=torch.Generator().manual_seed(0)).argsort(1) < 7
+    assert_close(tuple(Mask.of(hidden, torch.zeros(3, 11).bool())), tuple(Mask.of(hidden)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (("x.....", "xxx.  "), "between 1 and 5 tokens"),  # two places of padding cannot make up for four
+        (("xx.", "xx "), "0 of 3"),
+        (("x..", ".. "), "2 of 3"),
+    ],
+)
+def test_padded_rows_that_cannot_be_made_equal_are_refused(rows, words):
+    with pytest.raises(ValueError, match=f"^mask: .*{words}"):
+        Mask.of(*padded(*rows))
+
+
+def test_padding_must_not_be_masked():
+    hidden, pad = padded("x..", ".x ")
+    hidden[1, 2] = True
+    with pytest.raises(ValueError, match=r"^mask: padding must not be masked"):
+        Mask.of(hidden, pad)
+
+
 def test_a_batch_survives_the_journey_as_flat_tensors():
     mask = mask_of("x.", "x.", ".x", ".x")
     pad = torch.tensor([[False, True], [False, False]])

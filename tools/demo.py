@@ -1,56 +1,69 @@
-"""make demo: train on images for a few minutes, then compare raw pixels, a random and the trained encoder.
+"""make demo: train on images, speech and text for a minute or two each; compare raw values, a random and the trained encoder.
 
-python tools/demo.py [out=FOLDER] [seeds=0,1,2]   # with several seeds, one run each and a line each at the end
+python -m tools.demo [out=FOLDER] [seeds=0,1,2] [only=vision,speech,text]   # with several seeds, one run each and a line each
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools.make_demo_data import write
+
 DATA = Path("demo-data")
-NAMES = {"raw": "raw pixels", "random": "random init", "pretrained": "pretrained"}
+TOLD = {"vision": "images of digits", "speech": "spoken words of new voices", "text": "paragraphs of new documents"}
+NAMES = {"raw": "raw", "random": "random init", "pretrained": "pretrained"}
+VOCABULARY = 2000
+
+Scores = dict[str, dict[str, float]]
 
 
-def demo(folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Train and measure; leaves the run in `folder/vision` and `folder/summary.json`."""
-    from mmssl.cli import main as mmssl
+def demo(folder: Path, seed: int, modality: str) -> Scores:
+    """Train and measure one modality; leaves the run in `folder/MODALITY`."""
     from mmssl.cli.probe import table
     from mmssl.evaluate.probe import probe
 
     start = time.monotonic()
-    run = folder / "vision"
-    words = ["vision/data2vec2-demo", f"data.path={DATA}/vision", f"out={run}", f"train.seed={seed}", "overwrite=true"]
-    code = mmssl(["pretrain", *words])
+    run = folder / modality
+    data = f"{DATA}/{modality}"
+    call("pretrain", f"{modality}/data2vec2-demo", f"data.path={data}", f"out={run}", f"train.seed={seed}", "overwrite=true")
+    scores = probe(run / "model", data, random=True, seed=seed)
+    scores["pretrained"] = scores.pop("model")
+    print(f"\n{modality}, without labels, {time.monotonic() - start:.0f} s; accuracy on held-out {TOLD[modality]}:\n")
+    print(table({NAMES[name]: value for name, value in scores.items()}) + "\n")
+    return scores
+
+
+def call(*words: str) -> None:
+    """`mmssl WORDS`, or exit as it does."""
+    from mmssl.cli import main as mmssl
+
+    code = mmssl(words)
     if code:
         sys.exit(code)
-    scores = probe(run / "model", f"{DATA}/vision", random=True, seed=seed)
-    scores["pretrained"] = scores.pop("model")
-    (folder / "summary.json").write_text(json.dumps({"vision": scores}, indent=2) + "\n")
-    print(f"\nimages, trained without labels for {time.monotonic() - start:.0f} s; accuracy on held-out images:\n")
-    print(table({NAMES[name]: value for name, value in scores.items()}))
-    return scores
 
 
 def main() -> None:
     """Read the words, run, compare the seeds."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    subprocess.run([sys.executable, str(ROOT / "tools" / "make_demo_data.py"), str(DATA)], check=True)
+    write(DATA)
+    if not (DATA / "tokenizer").is_dir():
+        call("tokenizer", "train", f"data={DATA}/text", f"out={DATA}/tokenizer", f"vocab={VOCABULARY}")
     folder, seeds = Path(given.get("out", "runs/demo")), [int(seed) for seed in given.get("seeds", "0").split(",")]
-    if len(seeds) == 1:
-        demo(folder, seeds[0])
-        return
-    gains = []
+    modalities = given.get("only", "vision,speech,text").split(",")
+    found: dict[int, dict[str, Scores]] = {}
     for seed in seeds:
-        scores = demo(folder / f"seed-{seed}", seed)
-        gains.append((seed, scores["random"]["knn"], scores["pretrained"]["knn"]))
-    print("\nk-NN over seeds:")
-    for seed, random, pretrained in gains:
-        print(f"  seed {seed}: random {random:.1%}, pretrained {pretrained:.1%}, gain {100 * (pretrained - random):.1f} points")
+        place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
+        found[seed] = {modality: demo(place, seed, modality) for modality in modalities}
+        (place / "summary.json").write_text(json.dumps(found[seed], indent=2) + "\n")
+    print("k-NN on held-out samples:")
+    for seed, summary in found.items():
+        for modality, scores in summary.items():
+            random, pretrained = scores["random"]["knn"], scores["pretrained"]["knn"]
+            gain = 100 * (pretrained - random)
+            print(f"  {modality:8} seed {seed}: random {random:6.1%}, pretrained {pretrained:6.1%}, gain {gain:+.1f} points")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write small data sets from what is installed anyway: `python tools/make_demo_data.py FOLDER`. No network."""
+"""Write small data sets from what is installed anyway: `python -m tools.make_demo_data FOLDER`. No network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from tools.demo_speech import speech
+from tools.demo_text import text
 
 TEST, SIDE, SEED = 360, 32, 0
 
@@ -34,7 +37,13 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> set[int]:
     return {i for *_, i in ranked[:count]}
 
 
+def write(folder: Path) -> None:
+    """All three."""
+    for make in (vision, speech, text):
+        make(folder)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    vision(Path(sys.argv[1]))
+    write(Path(sys.argv[1]))

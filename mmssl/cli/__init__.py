@@ -26,6 +26,7 @@ VERBS = {
     "status": "how a run stands: mmssl status RUN",
     "probe": "k-NN and linear accuracy of a model on labelled data",
     "export": "write the encoder of a run as a model folder",
+    "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",
     "list": "what there is to choose from: mmssl list methods|models|recipes|modalities",
     "copy": "copy a shipped recipe to a file of your own: mmssl copy RECIPE FILE",
     "env": "versions, devices and what can run here",

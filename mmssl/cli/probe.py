@@ -22,6 +22,7 @@ OPTIONS = {
     "column": (str, None, "column of the data, found by name if unset"),
     "label": (str, None, "column of the labels, found by name if unset"),
     "root": (str, None, "folder that names in a table are relative to"),
+    "modality": (str, None, "kind of data, found by the model's input if unset"),
     "json": (bool, False, "print JSON"),
 }
 

@@ -84,10 +84,10 @@ class _Keyed:
         except Exception as error:  # decoders meet arbitrary bytes: whatever they raise is about this sample
             raise Rejected("unreadable", f"{type(error).__name__}: {error}") from None
 
-    def _viewed(self, value: Any, label: int, index: int, *where: int) -> dict[str, Any]:
+    def _viewed(self, value: Any, label: int, index: int, where: tuple[int, ...], length: int | None = None) -> dict[str, Any]:
         """Views of one sample, drawn from the stream (seed, "augment", *where, view). Raises: Rejected."""
         sample = self._decode(value)
-        views = self.views(sample, lambda view: generator(self.seed, "augment", *where, view))
+        views = self.views(sample, lambda view: generator(self.seed, "augment", *where, view), length)
         if not all(bool(t.isfinite().all()) for t in views.values() if t.is_floating_point()):
             raise Rejected("non_finite", "a view holds NaN or infinity")
         return {**views, "index": index, "label": label}
@@ -99,24 +99,30 @@ class KeyedDataset(_Keyed, Dataset):
     def __len__(self) -> int:
         return self.source.size
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Tensors of the sample's views, `index` and `label`, for a key `(epoch, index)`.
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        """Tensors of the sample's views, `index` and `label`, for a key `(epoch, index)` or `(epoch, index, length)`.
 
-        A bad sample is replaced by draws from (seed, "replace", epoch, index, attempt); a substitute carries its own index.
-        Raises: DataError if all substitutes are bad too.
+        A bad sample is replaced by draws from (seed, "replace", epoch, index, attempt), among those not shorter than the
+        key's length if it has one; a substitute carries its own index. Raises: DataError if all substitutes are bad too.
         """
         return self._sample(key)
 
-    def _substitutes(self, place: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    def _substitutes(self, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        epoch, index, *length = place
+        pool = (self.source.lengths >= length[0]).nonzero() if length and self.source.lengths is not None else None
         for attempt in range(ATTEMPTS):
-            yield place[0], int(torch.randint(self.source.size, (), generator=generator(self.seed, "replace", *place, attempt)))
+            draw = generator(self.seed, "replace", epoch, index, attempt)
+            if pool is None:
+                yield epoch, int(torch.randint(self.source.size, (), generator=draw))
+            else:
+                yield epoch, int(pool[torch.randint(len(pool), (), generator=draw)]), *length
 
-    def _index(self, place: tuple[int, int]) -> int:
+    def _index(self, place: tuple[int, ...]) -> int:
         return place[1]
 
-    def _at(self, place: tuple[int, int]) -> dict[str, Any]:
-        index = place[1]
-        return self._viewed(self.source.value(index), self.source.label_at(index), index, *place)
+    def _at(self, place: tuple[int, ...]) -> dict[str, Any]:
+        epoch, index, *length = place
+        return self._viewed(self.source.value(index), self.source.label_at(index), index, (epoch, index), *length)
 
 
 class _Row(NamedTuple):
@@ -254,7 +260,7 @@ class KeyedStream(_Keyed, IterableDataset):
         if place.block is None:
             raise Rejected("unreadable", "its shard breaks off before it")
         (row,) = place.block.slice(place.place, 1).to_pylist()
-        return self._viewed(self.source.content(row), self.source.label_of(row), self._index(place), *_where(place))
+        return self._viewed(self.source.content(row), self.source.label_of(row), self._index(place), _where(place))
 
 
 def _where(row: _Row) -> tuple[int, int, int]:

@@ -55,6 +55,7 @@ class Source(NamedTuple):
     names: bool = False  # whether the column holds file names
     parts: tuple[tuple[str, int], ...] = ()  # name and first row of each table
     total: int = 0  # rows before `data.limit`; 0 for a stream of unknown length
+    lengths: Tensor | None = None  # (n,) int64 in the unit of `Views.longest`, -1 = never drawn; set by `Modality.prepare`
 
     @property
     def streaming(self) -> bool:
@@ -451,14 +452,18 @@ def _classes(
 
 
 def _holds_names(rows: Any, column: str, feature: Any, kind: Modality, options: DataOptions) -> bool:
-    """Whether a text column holds file names: it is called so, or its first value ends like one."""
+    """Whether a text column holds file names: it is called so, or its first value ends like one.
+
+    Where text itself is learned from, a sentence may end in "README.md": a name is then a single word.
+    """
     if not (isinstance(feature, datasets.Value) and "string" in feature.dtype):
         return False
     if column in FILES:
         return True
     with _mended(options):
         first = next((row[column] for row in rows.take(100) if row[column]), "")
-    return "\n" not in first and first.lower().endswith(kind.suffixes)
+    one_word = not re.search(r"\s", first) or "text" not in kind.columns
+    return "\n" not in first and one_word and first.lower().endswith(kind.suffixes)
 
 
 def _check_names(source: Source) -> None:

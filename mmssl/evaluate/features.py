@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,22 +15,24 @@ from mmssl.data.dataset import start_worker
 from mmssl.data.sources import Source, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
 from mmssl.errors import DataError
-from mmssl.registry import Modality
+from mmssl.registry import Modality, Views
 from mmssl.types import Batch
 
 CACHE_BYTES = 256 << 20  # decoded evaluation sets up to this size stay in memory
+BATCH, PADDED = 128, 16  # samples at once; fewer where all are padded to the longest
 
 
 class PlainSet(Dataset):
     """Samples without augmentation. In place of an unreadable one stands a later one, marked as not valid."""
 
-    def __init__(self, source: Source, kind: Modality, views: Any, indices: list[int]):
+    def __init__(self, source: Source, kind: Modality, views: Views, indices: list[int]):
         self.source, self.kind, self.views, self.indices = source, kind, views, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        """The decoded `sample`, its `raw` values (n,), `index`, `label` and `valid`."""
         for attempt in range(100):
             index = self.indices[(position + attempt) % len(self.indices)]
             try:
@@ -39,24 +41,19 @@ class PlainSet(Dataset):
                 reason = f"{self.source.identity(index)}: {error}"
                 continue
             label = self.source.label_at(index)
-            return {
-                "view": self.views.plain([sample]),
-                "raw": self.kind.raw(sample),
-                "index": index,
-                "label": label,
-                "valid": not attempt,
-            }
+            return {"sample": sample, "raw": self.kind.raw(sample), "index": index, "label": label, "valid": not attempt}
         raise DataError(f"The probes find no readable sample; the last one tried was {reason}.")
 
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Flat tensors of a batch: the plain view, padded where samples differ in length, `raw` (B, n), `label`, `valid`.
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Flat tensors of a batch, with `raw` (B, n), `label` and `valid` (B,)."""
-    views = [sample["view"] for sample in samples]
-    pads = None if views[0].pad is None else torch.cat([view.pad for view in views])
-    view = views[0]._replace(x=torch.cat([view.x for view in views]), pad=pads)
-    rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("label", "valid")}
-    flat = Batch([view], torch.tensor([sample["index"] for sample in samples])).tensors()
-    return flat | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
+        A sample that is padding only, too short for a single frame, is not valid.
+        """
+        view = self.views.plain([sample["sample"] for sample in samples])
+        rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("index", "label", "valid")}
+        if view.pad is not None:
+            rest["valid"] &= ~view.pad.all(1)
+        return Batch([view], rest["index"]).tensors() | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
 
 
 class Sets(NamedTuple):
@@ -85,7 +82,7 @@ class Loaded:
         order = [min(i, n - 1) for i in range(-(-n // chunk) * chunk)]
         mine = [order[start + rank() : start + chunk : world()] for start in range(0, len(order), chunk)]
         loader = DataLoader(
-            self.data, batch_sampler=mine, collate_fn=collate, num_workers=self.workers, worker_init_fn=start_worker
+            self.data, batch_sampler=mine, collate_fn=self.data.collate, num_workers=self.workers, worker_init_fn=start_worker
         )
         kept, size = [], 0
         for batch in loader:
@@ -115,10 +112,12 @@ def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     return {name: tensor[keep] for name, tensor in whole.items()}
 
 
-def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Any, seed: int, batch: int = 128) -> Sets:
+def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Views, seed: int) -> Sets:
     """The sets of `watch`: memory and test split, or a keyed tenth of the memory if there is no test split."""
     where = data.model_copy(update={"path": watch.path or data.path, "streaming": False, "limit": None})
     source = open_source(where, kind, watch.train if watch.path or watch.train in splits(where, kind) else data.split)
+
+    batch = BATCH if views.longest is None else PADDED
 
     def loaded(of: Source, indices: Tensor) -> Loaded:
         return Loaded(PlainSet(of, kind, views, indices.sort().values.tolist()), batch, min(data.workers, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.evaluate.linear import linear_accuracy
 from mmssl.hub.export import load_encoder
-from mmssl.registry import modalities, modality
+from mmssl.registry import Modality, modalities, modality
+from mmssl.types import Batch, View
 
 
 def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any]) -> Sets:
-    name = getattr(model.config, "modality", None) or options.pop("modality", None) or modalities()[0]
-    kind = modality(str(name))
+    kind = modality_of(model, options.pop("modality", None))
     try:
         watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
     except ValidationError as error:
@@ -32,17 +33,76 @@ def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str
     return open_sets(where, watch, kind, kind.plain_views(model, path), seed=0)
 
 
+def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
+    """The kind of data a model takes: by its config if it is ours, as told, or by the name of its input.
+
+    Raises: RecipeError if all that leaves it open.
+    """
+    name = getattr(model.config, "modality", None) if _ours(model) else told
+    if name is not None:
+        return modality(str(name))
+    takes, fitting = getattr(model, "main_input_name", None), []
+    for other in modalities():
+        with suppress(RecipeError):  # one that cannot be imported does not matter here
+            fitting += [kind for kind in (modality(other),) if getattr(kind.features, "input_name", None) == takes]
+    if len(fitting) != 1:
+        found = " and ".join(kind.name for kind in fitting) or "no installed kind of data"
+        raise RecipeError(
+            f"modality: {type(model).__name__} takes {takes}, which belongs to {found}; "
+            f"say what it is for with modality=NAME, one of {', '.join(modalities())}."
+        )
+    return fitting[0]
+
+
+def _ours(model: torch.nn.Module) -> bool:
+    return getattr(model.config, "model_type", None) == "mmssl"
+
+
+def inputs_of(view: View, model: torch.nn.Module) -> dict[str, Tensor]:
+    """What a model is called with: the plain view under the name of its main input, and where its padding is.
+
+    Foreign models take the padding as `attention_mask` (B, L) int64, 1 = valid: over tokens, or over samples of sound, where
+    the padding is taken to be the zeros at the end.
+    """
+    name = getattr(model, "main_input_name", "pixel_values")
+    if view.pad is None:
+        return {name: view.x}
+    if _ours(model):
+        return {name: view.x, "pad": view.pad}
+    if name != "input_values":
+        return {name: view.x, "attention_mask": (~view.pad).long()}
+    place = torch.arange(view.x.shape[1], device=view.x.device)
+    last = (place * (view.x != 0)).amax(1, keepdim=True)
+    return {name: view.x, "attention_mask": (place <= last).long()}
+
+
+def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Module) -> Tensor:
+    """(B, D): as the model pools, if it is ours or takes images; otherwise the mean of the valid tokens.
+
+    What foreign speech and text models call pooler_output is trained for something else, or not at all.
+    """
+    own = getattr(out, "pooler_output", None)
+    tokens = out.last_hidden_state
+    if own is not None and (_ours(model) or view.x.ndim == 4):
+        return own.flatten(1)
+    if view.pad is None:
+        return tokens.mean(1).flatten(1)
+    valid, frames = ~view.pad, getattr(model, "_get_feature_vector_attention_mask", None)
+    if frames is not None:
+        valid = frames(tokens.shape[1], inputs["attention_mask"])
+    weights = valid.to(tokens).unsqueeze(-1)  # (B, L, 1)
+    return (tokens * weights).sum(1) / weights.sum(1)
+
+
 def _runner(model: torch.nn.Module) -> Any:
     """Flat batch -> pooled embedding."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
-    keyword = getattr(model, "main_input_name", "pixel_values")
 
     def run(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        x = next(tensor for name, tensor in batch.items() if name.endswith(".x"))
-        out = model(**{keyword: x.to(device)})
-        pooled = getattr(out, "pooler_output", None)
-        return {"embedding": (pooled if pooled is not None else out.last_hidden_state.mean(1)).flatten(1)}
+        (view,) = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.items()}).views
+        inputs = inputs_of(view, model)
+        return {"embedding": pooled(model(**inputs), view, inputs, model)}
 
     return run
 
@@ -52,7 +112,7 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
 
     Args:
         model: folder or Hub id.  data: folder, table or Hub id.
-        options: `train` (split), `samples` (at most), `column`, `label`, `root`.
+        options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`.
     Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
     """
     network = load_encoder(model)
@@ -66,7 +126,7 @@ def probe(model: str | Path, data: str, random: bool = False, seed: int = 0, **o
     Args:
         model: folder or Hub id.  data: labelled folder, table or Hub id.
         random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
-        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`.
+        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1.
     Raises: RecipeError if the data have no labels.
     """

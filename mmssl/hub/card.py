@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from mmssl.config import Recipe
+from mmssl.registry import modality
+
+LOADERS = {  # keyword of the model -> what prepares its input
+    "pixel_values": ("AutoImageProcessor", "image"),
+    "input_values": ("AutoFeatureExtractor", "wave, sampling_rate=16_000"),
+    "input_ids": ("AutoTokenizer", "text"),
+}
 
 
-def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None) -> str:
+def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None, architecture: str = "MmsslModel") -> str:
     """Markdown with what a reader needs to use the model: origin, training, measurements, the lines that load it."""
     from mmssl.methods import METHODS
 
+    own = architecture == "MmsslModel"
+    trust = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed" if own else ")"
+    pooled = ".pooler_output" if own else ".last_hidden_state.mean(1)"
+    loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
     name = recipe.method.name  # type: ignore[attr-defined]
     rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
     table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
@@ -24,10 +35,10 @@ The {which} of a {name} run ({METHODS[name].paper}), {length} of {recipe.train.g
 Trained without labels by mmssl.
 
 ```python
-from transformers import AutoModel, AutoImageProcessor
-model = AutoModel.from_pretrained("PATH", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed
-processor = AutoImageProcessor.from_pretrained("PATH")
-features = model(**processor(image, return_tensors="pt")).pooler_output
+from transformers import AutoModel, {loader}
+model = AutoModel.from_pretrained("PATH"{trust}
+prepare = {loader}.from_pretrained("PATH")
+features = model(**prepare({given}, return_tensors="pt")){pooled}
 ```
 {table}
 ## Recipe

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from mmssl.config import Recipe
@@ -23,10 +24,11 @@ from mmssl.files import umask
 from mmssl.hub.card import card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
+from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.modeling import MmsslModel
 from mmssl.redaction import redact
-from mmssl.registry import modality
+from mmssl.registry import modalities, modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
 
@@ -40,7 +42,9 @@ def export_encoder(
     metrics: dict[str, float] | None = None,
     step: int | None = None,
 ) -> Path:
-    """Write config, weights, modelling code, processor and card; the folder appears whole or not at all.
+    """Write config, weights, processor and card; the folder appears whole or not at all.
+
+    It has the transformers architecture of the same structure if there is one, otherwise ours and its modelling code.
 
     Args:
         tensors: the model part of a checkpoint.
@@ -48,30 +52,37 @@ def export_encoder(
     Raises: RecipeError if the run has no such network.
     """
     which = which or METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
-    weights = {f"encoder.{n.removeprefix(STEMS[which])}": t for n, t in tensors.items() if n.startswith(STEMS[which])}
-    if not weights:
+    if not any(name.startswith(STEMS[which]) for name in tensors):
         raise RecipeError(f"which={which}: this run has no {which}.")
-    config = recipe.config()
-    config.architectures = ["MmsslModel"]
-    config.auto_map = {"AutoConfig": "modeling_mmssl.MmsslConfig", "AutoModel": "modeling_mmssl.MmsslModel"}
+    # A teacher may share parts of the student, which it then does not hold itself.
+    weights = {n.removeprefix(s): t for s in (STEMS["student"], STEMS[which]) for n, t in tensors.items() if n.startswith(s)}
+    config, kind = recipe.config(), modality(recipe.data.modality)
+    native = import_module(kind.native).to_native(config, weights) if kind.native else None
     with torch.device("meta"):
-        model = MmsslModel(config)
-    kind = modality(recipe.data.modality)
+        model: PreTrainedModel = AutoModel.from_config(native[0]) if native else _own(config)
+    named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
     try:
         with quiet():
-            model.save_pretrained(aside, state_dict=weights)
+            model.save_pretrained(aside, state_dict=named)
         for file in aside.iterdir():  # safetensors writes 0600, whatever the umask
             file.chmod(0o666 & ~umask())
-        (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
+        if not native:
+            (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
         kind.processor(config, views).save_pretrained(aside)
-        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step)))
+        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__)))
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def _own(config: MmsslConfig) -> MmsslModel:
+    config.architectures = ["MmsslModel"]
+    config.auto_map = {"AutoConfig": "modeling_mmssl.MmsslConfig", "AutoModel": "modeling_mmssl.MmsslModel"}
+    return MmsslModel(config)
 
 
 def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
@@ -109,11 +120,11 @@ def replace_folder(new: Path, old: Path) -> None:
 def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
     """An encoder from a folder or the Hub.
 
+    Models of transformers whose structure the shared transformer has run on it.
+
     Returns: a module that takes `pixel_values | input_values | input_ids` and gives `last_hidden_state`, `pooler_output`.
     Raises: RecipeError if there is none, with the reason.
     """
-    from transformers import AutoModel
-
     from mmssl.model import register
 
     register.auto_classes()
@@ -121,26 +132,40 @@ def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
         raise RecipeError(f"{path_or_id}: no such folder, and no Hub id (ORG/NAME).")
     try:
         with quiet():
-            return AutoModel.from_pretrained(str(path_or_id)).eval()
+            model = AutoModel.from_pretrained(str(path_or_id)).eval()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path_or_id} cannot be loaded as a model: {reason}") from None
+    return model if isinstance(model, MmsslModel) else _shared(model)
+
+
+def _shared(model: PreTrainedModel) -> torch.nn.Module:
+    """The same model on the shared transformer, or itself if its structure is another."""
+    for name in modalities():
+        convert = modality(name).native
+        native = import_module(convert) if convert else None
+        if native and model.config.model_type in native.NATIVE:
+            found = native.from_native(model.config, model.state_dict())
+            if found:
+                twin = MmsslModel(found[0])
+                twin.encoder.load_state_dict(found[1], strict=False)  # fixed tables are not among theirs
+                return twin.eval()
+    return model
 
 
 def load_weights(encoder: Encoder, path: str | Path) -> None:
-    """Start an encoder from an exported folder of the same shape. Raises: RecipeError naming what does not fit."""
-    file = Path(path) / "model.safetensors"
-    if not file.is_file():
-        raise RecipeError(f"model.init: {path} is not a folder with model.safetensors.")
-    saved = {name.removeprefix("encoder."): tensor for name, tensor in load_file(file).items()}
-    own = encoder.state_dict()
+    """Start an encoder from a model of the same shape. Raises: RecipeError naming what does not fit."""
+    try:
+        model = load_encoder(path)
+    except RecipeError as error:
+        raise RecipeError(f"model.init: {error}") from None
+    if not isinstance(model, MmsslModel):
+        raise RecipeError(f"model.init: {path} is a {type(model).__name__}; the shared transformer has another structure.")
+    saved, own = model.encoder.state_dict(), encoder.state_dict()
     wrong = sorted({*own} ^ {*saved}) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
     if wrong:
-        config = json.loads((Path(path) / "config.json").read_text()) if (Path(path) / "config.json").is_file() else {}
-        shape = {
-            name: config[name]
-            for name in ("hidden_size", "depth", "prenet_depth", "image_size", "patch_size")
-            if name in config
-        }
+        config = model.config.to_dict()
+        named = ("hidden_size", "depth", "prenet_depth", "heads", "image_size", "patch_size", "vocab_size", "conv_channels")
+        shape = {name: config[name] for name in named if name in config}
         raise RecipeError(f"model.init: {path} has another shape ({shape}) than the recipe; first difference: {wrong[0]}.")
     encoder.load_state_dict(saved)

@@ -12,12 +12,13 @@ from mmssl.types import Mask
 
 
 @torch.no_grad()
-def token_std(tokens: Tensor, mask: Mask | None = None, group: ProcessGroup | None = None) -> Tensor:
+def token_std(tokens: Tensor, mask: Mask | None = None, group: ProcessGroup | None = None, pad: Tensor | None = None) -> Tensor:
     """Standard deviation of each channel over tokens, averaged over channels; 0.001 for a constant.
 
     Args:
         tokens: (R, L, D), or (B, L, D) under a mask with M*B rows, whose M masks of a sample are adjacent.
         mask: count masked tokens only.
+        pad: (R, L) bool, True = padding, which is not counted.
     Returns: () mean over D of sqrt(var + 1e-6), unbiased, over the tokens of all ranks.
     Source: the variance guard of data2vec.
     """
@@ -26,6 +27,8 @@ def token_std(tokens: Tensor, mask: Mask | None = None, group: ProcessGroup | No
         weight = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
     else:  # a token counts once for each mask that hides it
         weight = mask.hidden.unflatten(0, (x.shape[0], -1)).sum(1).to(x.dtype)  # (R, L)
+    if pad is not None:
+        weight, x = weight.masked_fill(pad, 0.0), x.masked_fill(pad[..., None], 0.0)
     x, weight = x.flatten(0, 1), weight.flatten()
     weighted = weight[:, None] * x  # no matrix product: autocast would round its sums to bf16
     sums = all_sum(torch.cat([weight.sum()[None], weighted.sum(0), (weighted * x).sum(0)]).double(), group)

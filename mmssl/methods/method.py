@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mmssl.model.encoder import Encoder
-from mmssl.parts import Network, Part, Teacher
-from mmssl.types import Batch, Clock, StepOutput
+from mmssl.parts import Network, Part
+from mmssl.types import Batch, Clock, StepOutput, View
 
 
 class Method(nn.Module):
@@ -44,11 +45,22 @@ class Method(nn.Module):
         for part in self.parts():
             part.on_epoch(clock)
 
-    def recommended(self, which: Literal["student", "teacher"] | None = None) -> Encoder:
-        """The encoder to export. Raises: ValueError if a teacher is asked for and there is none."""
-        if (which or self.exports) == "student":
-            return self.student.encoder
-        teacher = getattr(self, "teacher", None)
-        if not isinstance(teacher, Teacher):
-            raise ValueError(f"which: {type(self).__name__} has no teacher, use which=student")
-        return teacher.encoder
+    def terms(self, batch: Batch) -> Tensor | None:
+        """() how many terms the losses of a micro-batch are means over, for an exact mean over an update whose micro-batches
+        differ; None if all count the same.
+        """
+        masks = [view.mask for view in batch.views if view.mask is not None]
+        return sum((mask.hidden.sum() for mask in masks), torch.zeros((), dtype=torch.int64)) if masks else None
+
+
+def check_layers(encoder: Encoder, top_k: int) -> None:
+    """Raises: ValueError if the trunk has fewer than `top_k` layers."""
+    if not 0 < top_k <= len(encoder.transformer.blocks):
+        raise ValueError(f"top_k: {top_k} layers to average, the trunk has {len(encoder.transformer.blocks)} (model.depth)")
+
+
+def masked_share(view: View) -> Tensor:
+    """() share of the tokens that are not padding which the masks of a view hide."""
+    assert view.mask is not None
+    hidden = view.mask.hidden
+    return hidden.sum() / (hidden.numel() if view.pad is None else (~view.pad).sum() * view.copies)

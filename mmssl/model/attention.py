@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,9 +19,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over the tokens of each row."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend over the tokens of each row.
+
+        Args:
+            bias: what is added to the logits, (R or 1, H or 1, L or 1, L): numbers, or bool with True = attend.
+        """
         rows, length, dim = x.shape
         q, k, v = self.qkv(x).view(rows, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        if bias is not None and bias.is_floating_point():  # distances of hundreds of frames do not fit into 8 bits
+            wide = torch.promote_types(q.dtype, torch.float32)
+            with torch.autocast(x.device.type, enabled=False):
+                out = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), bias.to(wide), dropout).to(q.dtype)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
         return self.dropout(self.proj(out.transpose(1, 2).reshape(rows, length, dim)))

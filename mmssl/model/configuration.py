@@ -27,6 +27,10 @@ class MmsslConfig(PretrainedConfig):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        input_dropout: float = 0.0,
+        layer_drop: float = 0.0,
+        layer_scale: float = 0.0,
+        extra_std: float = 1.0,
         pooling: Literal["mean", "cls"] = "mean",
         **kwargs: Any,
     ):
@@ -36,4 +40,10 @@ class MmsslConfig(PretrainedConfig):
         self.hidden_size, self.depth, self.heads, self.prenet_depth = hidden_size, depth, heads, prenet_depth
         self.mlp_ratio, self.extra_tokens, self.norm_eps = mlp_ratio, extra_tokens, norm_eps
         self.dropout, self.attention_dropout, self.drop_path = dropout, attention_dropout, drop_path
+        self.input_dropout, self.layer_drop, self.layer_scale, self.extra_std = (
+            input_dropout,
+            layer_drop,
+            layer_scale,
+            extra_std,
+        )
         super().__init__(**kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,22 +24,25 @@ class ConvDecoderOptions:
     kernel: int = 3
     layers: int = 6
     noise: float = 0.01  # standard deviation of the fillers in masked places
+    residual: bool = True  # each layer adds its input where the widths match
+    hidden: int = 0  # width of a hidden layer in the output projection; 0 = a single linear layer
+    dropout: float = 0.0  # on the visible tokens
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
 class ConvDecoder(nn.Module):
-    """Noise in the masked places, grouped convolutions, one linear layer (arXiv:2212.07525, section 3).
+    """Noise in the masked places, grouped convolutions, output projection (arXiv:2212.07525, section 3).
 
-    Each layer is convolution, layer norm over channels without weights, GELU, and adds its input where the widths match.
+    Each layer is convolution, layer norm over channels without weights, GELU. Padding is zero before each layer.
     """
 
     def __init__(self, width: int, grid: tuple[int, ...], options: ConvDecoderOptions):
         super().__init__()
-        if options.noise < 0:
-            raise ValueError(f"decoder.noise: {options.noise}, must be at least 0")
-        if max(options.dim, options.layers, options.kernel) > 1 << 14:
-            raise ValueError("decoder: dim, layers and kernel must be at most 16384")
+        if options.noise < 0 or options.hidden < 0 or not 0 <= options.dropout < 1:
+            raise ValueError("decoder: noise and hidden must be at least 0, dropout at least 0 and below 1")
+        if max(options.dim, options.layers, options.kernel, options.hidden) > 1 << 14:
+            raise ValueError("decoder: dim, layers, kernel and hidden must be at most 16384")
         if min(options.dim, options.groups, options.kernel, options.layers) < 1 or options.kernel % 2 == 0:
             raise ValueError("decoder: dim, groups, kernel and layers must be at least 1, and the kernel odd")
         if options.dim % options.groups or width % options.groups:
@@ -53,24 +55,34 @@ class ConvDecoder(nn.Module):
             conv(a, b, options.kernel, padding=options.kernel // 2, groups=options.groups)
             for a, b in itertools.pairwise(widths)
         )
-        self.proj = nn.Linear(options.dim, width)
-        self.grid, self.noise = grid, options.noise
+        self.proj: nn.Module = nn.Linear(options.dim, width)
+        if options.hidden:
+            first, last = nn.Linear(options.dim, options.hidden), nn.Linear(options.hidden, width)
+            for linear in (first, last):  # the text model's; a single projection starts as torch has it
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+            self.proj = nn.Sequential(first, nn.GELU(), last)
+        self.dropout = nn.Dropout(options.dropout)
+        self.grid, self.noise, self.residual = grid, options.noise, options.residual
 
-    def forward(self, visible: Tensor, mask: Mask, keys: Sequence[int]) -> Tensor:
+    def forward(self, visible: Tensor, mask: Mask, keys: Sequence[int], pad: Tensor | None = None) -> Tensor:
         """Predict every token from the visible ones.
 
         Args:
             visible: (M*B, L_visible, D) without extra tokens.
             keys: B seeds of the fillers, one a sample.
+            pad: (B, L) bool, True = padding.
         Returns: (M*B, L, D).
         """
         rows, _, width = visible.shape
         copies = rows // len(keys)
         fillers = random.normal(keys, (copies, mask.count, width), like=visible).view(rows, mask.count, width) * self.noise
-        x = restore(visible, fillers, mask)
-        x = x.view(rows, *(self.grid if math.prod(self.grid) == x.shape[1] else x.shape[1:2]), width).movedim(-1, 1)
+        x = restore(self.dropout(visible), fillers, mask)
+        x = x.view(rows, *(self.grid if len(self.grid) == 2 else x.shape[1:2]), width).movedim(-1, 1)
+        blank = None if pad is None else pad.repeat_interleave(copies, 0)[:, None]  # (M*B, 1, L), of sequences only
         for conv in self.convs:
+            x = x if blank is None else x.masked_fill(blank, 0.0)
             y = conv(x).movedim(1, -1)
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).movedim(-1, 1)
-            x = x + y if x.shape == y.shape else y
+            x = x + y if self.residual and x.shape == y.shape else y
         return self.proj(x.movedim(1, -1).flatten(1, -2))

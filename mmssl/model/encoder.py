@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mmssl.model.configuration import MmsslConfig
+from mmssl.model.positions import attention_bias, take_pad
 from mmssl.model.transformer import Transformer
 from mmssl.types import Encoded, Mask, View
 
@@ -18,8 +19,10 @@ FEATURES: dict[str, type[nn.Module]] = {}
 def features_of(modality: str):
     """Class decorator: the feature encoder of a modality.
 
-    Such a module takes `dim` and its own options, has `input_name` (the model's keyword), `length` (L), `grid` (the shape
-    of its tokens) and `positions()` (a module that adds positions and keeps visible tokens), and maps View.x to (B, L, D).
+    Such a module takes `dim` and its own options and maps View.x to (B, L, D). It has `input_name` (the model's keyword),
+    `length` (L of the longest input), `grid` (shape of its tokens), `normed` (whether they come with norm and dropout),
+    `mask_id` (the input that stands for a hidden token; None where features are replaced instead), `positions(heads, extra)`
+    (see `positions.py`) and, where inputs can be padded, `pad(attention_mask)`.
     """
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
@@ -42,11 +45,18 @@ def feature_class(modality: str) -> type[nn.Module]:
 class Encoder(nn.Module):
     """View -> Encoded."""
 
-    def __init__(self, features: Any, transformer: Transformer, modality: str, pooling: Literal["mean", "cls"] = "mean"):
+    def __init__(
+        self,
+        features: Any,
+        positions: nn.Module,
+        transformer: Transformer,
+        modality: str,
+        pooling: Literal["mean", "cls"] = "mean",
+    ):
         super().__init__()
         if pooling == "cls" and not transformer.extra_tokens:
             raise ValueError("pooling: 'cls' needs extra_tokens of at least 1")
-        self.features, self.positions, self.transformer = features, features.positions(), transformer
+        self.features, self.positions, self.transformer = features, positions, transformer
         self.modality, self.pooling, self.dim = modality, pooling, features.dim
         self.config: MmsslConfig | None = None
 
@@ -67,8 +77,15 @@ class Encoder(nn.Module):
             config.dropout,
             config.attention_dropout,
             config.drop_path,
+            config.input_dropout,
+            config.layer_drop,
+            config.layer_scale,
+            config.extra_std,
+            getattr(kind, "normed", False),
         )
-        encoder = cls(kind(dim=config.hidden_size, **options), transformer, config.modality, config.pooling)
+        features: Any = kind(dim=config.hidden_size, **options)
+        positions = features.positions(config.heads, config.extra_tokens)
+        encoder = cls(features, positions, transformer, config.modality, config.pooling)
         encoder.config = config
         encoder.transformer.apply(_init_linear)
         return encoder
@@ -76,21 +93,42 @@ class Encoder(nn.Module):
     def forward(self, view: View, mask: Mask | None = None, collect: Literal["ffn", "block"] | None = None) -> Encoded:
         """Encode a view, only its visible tokens if a mask is given.
 
-        Returns: tokens (M*B, L_visible, D) or (B, L, D), cls if there is one, and the collected layers, content tokens only.
+        Returns: tokens (M*B, L_visible, D) or (B, L, D), cls if there is one, the collected layers, content tokens only, and
+            which tokens are padding.
         """
-        return self.contextualize(self.features(view.x), mask, collect)
+        return self.contextualize(self.features(view.x), mask, collect, view.pad)
 
     def contextualize(
-        self, features: Tensor, mask: Mask | None = None, collect: Literal["ffn", "block"] | None = None
+        self,
+        features: Tensor,
+        mask: Mask | None = None,
+        collect: Literal["ffn", "block"] | None = None,
+        pad: Tensor | None = None,
     ) -> Encoded:
-        """Positions, visible tokens, transformer: the part of the pass that depends on the mask. features: (B, L, D)."""
-        x, layers = self.transformer(self.positions(features, mask), collect)
+        """Positions, visible tokens, transformer: the part of the pass that depends on the mask.
+
+        Args:
+            features: (B, L, D).  pad: (B, L) bool, True = padding.
+        """
         extra = self.transformer.extra_tokens
-        return Encoded(x[:, extra:], x[:, 0] if extra else None, tuple(layer[:, extra:] for layer in layers))
+        tokens, bias = self.positions(features, mask, pad)
+        pad = take_pad(pad, mask)
+        x, layers = self.transformer(tokens, collect, attention_bias(bias, pad, extra))
+        return Encoded(x[:, extra:], x[:, 0] if extra else None, tuple(layer[:, extra:] for layer in layers), pad)
 
     def pool(self, encoded: Encoded) -> Tensor:
-        """(B, D): what downstream tasks use, the mean of the tokens or cls."""
-        return encoded.cls if self.pooling == "cls" and encoded.cls is not None else encoded.tokens.mean(1)
+        """(B, D): what downstream tasks use, the mean of the tokens that are not padding, or cls."""
+        if self.pooling == "cls" and encoded.cls is not None:
+            return encoded.cls
+        return mean_tokens(encoded.tokens, encoded.pad)
+
+
+def mean_tokens(tokens: Tensor, pad: Tensor | None = None) -> Tensor:
+    """(B, L, D) -> (B, D): the mean of the tokens that are not padding. pad: (B, L) bool, True = padding."""
+    if pad is None:
+        return tokens.mean(1)
+    valid = (~pad).to(tokens.dtype)[..., None]
+    return (tokens * valid).sum(1) / valid.sum(1).clamp(min=1)
 
 
 def _init_linear(module: nn.Module) -> None:

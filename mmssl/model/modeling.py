@@ -11,6 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
+from mmssl.model.positions import attention_bias
+from mmssl.types import Encoded
 
 
 class MmsslModel(PreTrainedModel):
@@ -35,6 +37,8 @@ class MmsslModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         input_values: Tensor | None = None,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pad: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
@@ -42,7 +46,9 @@ class MmsslModel(PreTrainedModel):
         """Encode.
 
         Args:
-            pixel_values: (B, C, H, W), or input_values or input_ids, whichever the modality takes.
+            pixel_values: (B, C, H, W); or input_values (B, samples) or input_ids (B, L), whichever the modality takes.
+            attention_mask: 1 = valid, 0 = padding, of the shape of input_values or input_ids.
+            pad: (B, L) bool, True = padding, of tokens or frames; instead of attention_mask.
         Returns: last_hidden_state (B, E + L, D) with extra tokens first, pooler_output (B, D).
         Raises: ValueError if the input of this model's modality is missing.
         """
@@ -50,11 +56,14 @@ class MmsslModel(PreTrainedModel):
         x = given[self.main_input_name]
         if x is None:
             raise ValueError(f"This model takes {self.main_input_name}.")
-        encoder = self.encoder
-        hidden = encoder.positions(encoder.features(x))
-        tokens, layers = encoder.transformer(hidden, collect="block" if output_hidden_states else None)
+        encoder, features = self.encoder, self.encoder.features
+        if pad is None and attention_mask is not None and hasattr(features, "pad") and not bool(attention_mask.all()):
+            pad = features.pad(attention_mask)
+        bare, bias = encoder.positions(features(x), None, pad)
         extra = encoder.transformer.extra_tokens
-        pooled = tokens[:, 0] if encoder.pooling == "cls" else tokens[:, extra:].mean(1)
+        collect = "block" if output_hidden_states else None
+        tokens, layers = encoder.transformer(bare, collect, attention_bias(bias, pad, extra))
+        pooled = encoder.pool(Encoded(tokens[:, extra:], tokens[:, 0] if extra else None, pad=pad))
         out = BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=pooled, hidden_states=layers if output_hidden_states else None
         )

@@ -1,8 +1,15 @@
-"""Positions, and the choice of visible tokens that goes with them."""
+"""Positions, and the choice of visible tokens that goes with them.
+
+A position module maps (features (B, L, D), mask, pad) to the visible tokens (M*B, L_visible, D) and a bias of the attention,
+additive, (M*B or 1, heads, E + L_visible, E + L_visible), or None.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.types import Mask
@@ -24,6 +31,13 @@ def take(tokens: Tensor, mask: Mask | None) -> Tensor:
     return tokens.reshape(samples * length, dim).index_select(0, (mask.keep + first[:, None]).flatten()).view(rows, kept, dim)
 
 
+def take_pad(pad: Tensor | None, mask: Mask | None) -> Tensor | None:
+    """Which of the visible tokens are padding. pad: (B, L) -> (M*B, L_visible); None stays None."""
+    if pad is None or mask is None:
+        return pad
+    return pad.repeat_interleave(mask.keep.shape[0] // pad.shape[0], 0).gather(1, mask.keep)
+
+
 def restore(visible: Tensor, fillers: Tensor, mask: Mask) -> Tensor:
     """Visible tokens back in place, fillers where the mask hid.
 
@@ -35,6 +49,14 @@ def restore(visible: Tensor, fillers: Tensor, mask: Mask) -> Tensor:
     rows, length, dim = both.shape
     first = torch.arange(rows, device=both.device).mul_(length)
     return both.reshape(rows * length, dim).index_select(0, (mask.restore + first[:, None]).flatten()).view(rows, length, dim)
+
+
+class NoPositions(nn.Module):
+    """For features that know their place."""
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, None]:
+        """Keep what is visible."""
+        return take(tokens, mask), None
 
 
 class SinCos2d(nn.Module):
@@ -59,6 +81,119 @@ class SinCos2d(nn.Module):
         self.table: Tensor
         self.register_buffer("table", torch.cat([code(column), code(row)], dim=1)[None].float())
 
-    def forward(self, tokens: Tensor, mask: Mask | None = None) -> Tensor:
-        """Add positions, then keep what is visible. (B, L, D) -> (M*B, L_visible, D)."""
-        return take(tokens + self.table.to(tokens.dtype), mask)
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, None]:
+        """Add positions, then keep what is visible."""
+        return take(tokens + self.table.to(tokens.dtype), mask), None
+
+
+class RelativeBias(nn.Module):
+    """A learned attention bias for each pair of rows and columns apart, shared by all blocks, as in BEiT (arXiv:2106.08254).
+
+    The extra token has biases of its own: towards patches, from patches, towards itself.
+    """
+
+    def __init__(self, grid: tuple[int, int], heads: int, extra: int):
+        super().__init__()
+        if extra > 1:
+            raise ValueError(f"extra_tokens: {extra}, relative positions know at most one")
+        rows, columns = grid
+        self.table = nn.Embedding((2 * rows - 1) * (2 * columns - 1) + 3, heads)
+        nn.init.zeros_(self.table.weight)
+        self.grid, self.extra = grid, extra
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keep what is visible; biases of those pairs."""
+        rows, columns = self.grid
+        place = torch.arange(rows * columns, device=tokens.device)
+        row, column = place // columns, place % columns
+        apart = (row[:, None] - row + rows - 1) * (2 * columns - 1) + column[:, None] - column + columns - 1  # (L, L)
+        index = F.pad(apart, (self.extra, 0, self.extra, 0))
+        if self.extra:
+            last = self.table.num_embeddings
+            index[0, :], index[:, 0], index[0, 0] = last - 3, last - 2, last - 1
+        index = index[None]
+        if mask is not None:
+            keep = F.pad(mask.keep + self.extra, (self.extra, 0))  # (M*B, E + L_visible)
+            index = index[0][keep[:, :, None], keep[:, None, :]]
+        bias = self.table(index).permute(0, 3, 1, 2)  # (1 or M*B, H, E + L_visible, E + L_visible)
+        return take(tokens, mask), bias
+
+
+class Alibi(nn.Module):
+    """Attention biases that fall linearly with the distance of two tokens, with a learned scale for each head.
+
+    Source: arXiv:2108.12409, made symmetric and scaled as in data2vec 2.0.
+    """
+
+    def __init__(self, heads: int, extra: int = 0):
+        super().__init__()
+        self.extra = extra
+        self.scale = nn.Parameter(torch.ones(heads))
+
+    def forward(self, length: int, keep: Tensor | None = None) -> Tensor:
+        """(1 or R, H, E + L, E + L), fp32 or higher.
+
+        Args:
+            keep: (R, L_visible) original places of the tokens; all of `length` if None. Distances are those of the places.
+        """
+        scale = self.scale.to(torch.promote_types(self.scale.dtype, torch.float32))  # bf16 cannot count to 300
+        place = torch.arange(length, device=scale.device)[None] if keep is None else keep
+        apart = (place[:, None, :, None] - place[:, None, None, :]).abs()  # (R, 1, L, L)
+        strength = slopes(len(scale), scale) * scale.clamp(min=0)
+        return F.pad(-strength[:, None, None] * apart, (self.extra, 0, self.extra, 0))
+
+
+def slopes(heads: int, like: Tensor) -> Tensor:
+    """(heads,): 2^(-8i/H) for i = 1..H; if H is no power of two, those of the power below, then every second one of the
+    power above. `like` gives device and dtype.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    i = torch.arange(1, heads + 1, device=like.device, dtype=like.dtype)
+    return torch.exp2(torch.where(i <= power, -8 * i, -4 * (2 * (i - power) - 1)) / power)
+
+
+class ConvPositions(nn.Module):
+    """A stack of grouped convolutions whose output is added to the features; each layer is convolution, layer norm over
+    channels without weights, GELU (arXiv:2202.03555, section 4).
+
+    It sees masked frames as zeros, so that a frame beside a masked one learns nothing of it. Padding is zero before each
+    layer, so that features do not depend on what a sample is batched with (the authors' layers refill it).
+    """
+
+    def __init__(self, dim: int, layers: int, kernel: int, groups: int, bias: Alibi | None = None):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups) for _ in range(layers))
+        self.bias = bias
+        self.trim = kernel % 2 == 0  # an even kernel gives one frame too many
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Add positions, then keep what is visible; biases of those pairs."""
+        copies = 1 if mask is None else mask.hidden.shape[0] // tokens.shape[0]
+        x = tokens.repeat_interleave(copies, 0) if copies > 1 else tokens
+        if mask is not None:
+            x = x.masked_fill(mask.hidden[..., None], 0.0)
+        blank = None if pad is None else pad.repeat_interleave(copies, 0)[:, None]  # (M*B, 1, L)
+        x = x.transpose(1, 2)
+        for conv in self.convs:
+            x = conv(x if blank is None else x.masked_fill(blank, 0.0))
+            x = (x[..., :-1] if self.trim else x).transpose(1, 2)
+            x = F.gelu(F.layer_norm(x, x.shape[-1:])).transpose(1, 2)
+        code = x.transpose(1, 2)
+        if mask is not None:
+            code = code.gather(1, mask.keep[..., None].expand(-1, -1, code.shape[-1]))
+        bias = None if self.bias is None else self.bias(tokens.shape[1], None if mask is None else mask.keep)
+        return take(tokens, mask) + code, bias
+
+
+def attention_bias(bias: Tensor | None, pad: Tensor | None, extra: int) -> Tensor | None:
+    """What attention adds, with padding hidden as keys.
+
+    Args:
+        bias: additive, (R or 1, H, E + L, E + L), or None.
+        pad: (R, L) bool, True = padding, or None.
+    Returns: additive bias, -inf at padding; or bool (R, 1, 1, E + L), True = attend, if there is no bias; or None.
+    """
+    if pad is None:
+        return bias
+    hide = F.pad(pad, (extra, 0))[:, None, None]  # extra tokens are never padding
+    return ~hide if bias is None else bias.masked_fill(hide, -math.inf)

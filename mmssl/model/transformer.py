@@ -39,6 +39,18 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv:2103.17239)."""
+
+    def __init__(self, dim: int, start: float):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x * self.scale
+
+
 class Block(nn.Module):
     """A transformer block, post-norm as in data2vec or pre-norm as in ViT."""
 
@@ -52,23 +64,25 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        layer_scale: float = 0.0,
     ):
         super().__init__()
         self.pre = norm == "pre"
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, heads, dropout, attention_dropout)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+        self.scale1, self.scale2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D)."""
         if self.pre:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
+            x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), bias)))
             ffn = self.mlp(self.norm2(x))
-            return x + self.drop_path(self.dropout(ffn)), ffn
-        x = self.norm1(x + self.drop_path(self.attn(x)))
+            return x + self.drop_path(self.scale2(self.dropout(ffn))), ffn
+        x = self.norm1(x + self.drop_path(self.scale1(self.attn(x, bias))))
         ffn = self.mlp(x)
-        return self.norm2(x + self.drop_path(self.dropout(ffn))), ffn
+        return self.norm2(x + self.drop_path(self.scale2(self.dropout(ffn)))), ffn
 
 
 class ExtraTokens(nn.Module):
@@ -77,9 +91,9 @@ class ExtraTokens(nn.Module):
     A module of its own, because a sharded parameter may only be read in the forward of its owner.
     """
 
-    def __init__(self, count: int, dim: int):
+    def __init__(self, count: int, dim: int, std: float = 1.0):
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(1, count, dim).normal_())  # std 1, as data2vec 2 starts
+        self.tokens = nn.Parameter(torch.empty(1, count, dim).normal_(std=std))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, E + L, D)."""
@@ -87,9 +101,10 @@ class ExtraTokens(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Extra tokens, input norm, prenet blocks, trunk.
+    """Extra tokens, input norm and dropout, prenet blocks, trunk.
 
-    Post-norm has a norm at the input and none at the end, pre-norm the other way round.
+    Post-norm has a norm at the input (unless `normed` says that tokens come with one) and none at the end, pre-norm the
+    other way round. `layer_drop` leaves out a trunk block in training with that probability (arXiv:1909.11556).
     """
 
     def __init__(
@@ -105,39 +120,63 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        input_dropout: float = 0.0,
+        layer_drop: float = 0.0,
+        layer_scale: float = 0.0,
+        extra_std: float = 1.0,
+        normed: bool = False,
     ):
         super().__init__()
         if dim < 1 or depth < 1 or heads < 1 or prenet_depth < 0 or extra_tokens < 0:
             raise ValueError("hidden_size, depth and heads must be at least 1, prenet_depth and extra_tokens at least 0")
         if max(dim, extra_tokens, dim * mlp_ratio) > WIDEST or depth + prenet_depth > DEEPEST:
             raise ValueError(f"hidden_size, extra_tokens and MLP: at most {WIDEST}; depth and prenet_depth: {DEEPEST} together")
-        if not (0 <= dropout < 1 and 0 <= attention_dropout < 1 and 0 <= drop_path < 1 and eps >= 0):
-            raise ValueError("dropout, attention_dropout and drop_path must be at least 0 and below 1, norm_eps at least 0")
+        shares = {
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "drop_path": drop_path,
+            "input_dropout": input_dropout,
+            "layer_drop": layer_drop,
+        }
+        for name, share in shares.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}: {share}, must be at least 0 and below 1")
+        if eps < 0 or layer_scale < 0 or extra_std < 0:
+            raise ValueError("norm_eps, layer_scale and extra_std must be at least 0")
         if dim * mlp_ratio < 1:
             raise ValueError(f"mlp_ratio: {mlp_ratio} leaves the MLP without a hidden unit")
         total = prenet_depth + depth
         rates = [drop_path * i / max(total - 1, 1) for i in range(total)]
-        blocks = [Block(dim, heads, mlp_ratio, norm, eps, dropout, attention_dropout, rate) for rate in rates]
-        self.extra_tokens = extra_tokens
-        self.extra = ExtraTokens(extra_tokens, dim) if extra_tokens else nn.Identity()
-        self.input_norm = nn.LayerNorm(dim, eps) if norm == "post" else nn.Identity()
+        blocks = [Block(dim, heads, mlp_ratio, norm, eps, dropout, attention_dropout, rate, layer_scale) for rate in rates]
+        normed = normed and not prenet_depth
+        self.extra_tokens, self.layer_drop = extra_tokens, layer_drop
+        self.extra = ExtraTokens(extra_tokens, dim, extra_std) if extra_tokens else nn.Identity()
+        self.input_norm = nn.LayerNorm(dim, eps) if norm == "post" and not normed else nn.Identity()
+        self.input_dropout = nn.Dropout(0.0 if normed else input_dropout)
         self.prenet, self.blocks = nn.ModuleList(blocks[:prenet_depth]), nn.ModuleList(blocks[prenet_depth:])
         self.norm = nn.LayerNorm(dim, eps) if norm == "pre" else nn.Identity()
 
-    def forward(self, x: Tensor, collect: Literal["ffn", "block"] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x: Tensor, collect: Literal["ffn", "block"] | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Contextualise.
 
         Args:
             x: (B, L, D) tokens with positions.
             collect: which tensor of each trunk block to return, its MLP's output or its own.
+            bias: of the attention of every block, see `Attention`.
         Returns: (B, E + L, D), and the collected tensors of that shape.
         """
-        x = self.input_norm(self.extra(x))
+        x = self.input_dropout(self.input_norm(self.extra(x)))
         for block in self.prenet:
-            x, _ = block(x)
+            x, _ = block(x, bias)
         layers = []
         for block in self.blocks:
-            x, ffn = block(x)
+            out, ffn = block(x, bias)
+            if self.layer_drop and self.training:
+                # A dropped block is computed and not used: its weights get zero gradients, so that DDP and ZeRO never wait.
+                out = torch.where(torch.rand((), device=x.device) < self.layer_drop, x, out)
+            x = out
             if collect:
                 layers.append(ffn if collect == "ffn" else x)
         return self.norm(x), tuple(layers)

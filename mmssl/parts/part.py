@@ -18,3 +18,7 @@ class Part(nn.Module):
 
     def restart(self) -> None:
         """Called when the student was given other weights before the run."""
+
+    def health(self, clock: Clock) -> dict[str, float]:
+        """Numbers for the log, asked for at logged updates on all ranks."""
+        return {}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmssl.distributed import is_partitioned, owned_slice, share_slices
+from mmssl.distributed import all_sum, is_partitioned, owned_slice, share_slices
 from mmssl.model.encoder import Encoder
 from mmssl.parts.network import Network
 from mmssl.parts.part import Part
 from mmssl.schedules import Schedule
-from mmssl.types import Clock
+from mmssl.types import Clock, Encoded, View
 
 
 class Teacher(Part):
@@ -27,16 +27,27 @@ class Teacher(Part):
     Args:
         student: copied at the start; it must not be wrapped or partitioned yet.
         momentum: tau of teacher <- tau * teacher + (1 - tau) * student, read at the number of updates applied.
+        features: the teacher's feature encoder is an average too; or a copy of the student's, made anew after each update; or
+            there is none, and the teacher is given the features that the student computed.
+        positions: average or copy of the student's position module.
     """
 
-    def __init__(self, student: Network, momentum: Schedule):
+    def __init__(
+        self,
+        student: Network,
+        momentum: Schedule,
+        features: Literal["average", "copy", "share"] = "average",
+        positions: Literal["average", "copy"] = "average",
+    ):
         super().__init__()
         if not 0 <= min(momentum.start, momentum.end) <= max(momentum.start, momentum.end) <= 1:
             raise ValueError(f"momentum: from {momentum.start} to {momentum.end}, must lie between 0 and 1")
-        self.momentum = momentum
         if any(is_partitioned(p) for p in student.parameters()):
             raise ValueError("The teacher must be copied before the student is partitioned.")
-        network = copy.deepcopy(student).requires_grad_(False).eval()
+        self.momentum, self.shares = momentum, features == "share"
+        self.copied = ("encoder.features.",) * (features == "copy") + ("encoder.positions.",) * (positions == "copy")
+        memo: dict[int, Any] = {id(student.encoder.features): nn.Identity()} if self.shares else {}
+        network = copy.deepcopy(student, memo).requires_grad_(False).eval()
         object.__setattr__(self, "network", network)  # hidden from nn.Module on purpose
         object.__setattr__(self, "student", student)
         self.network: Network
@@ -44,12 +55,39 @@ class Teacher(Part):
 
     @property
     def encoder(self) -> Encoder:
-        """The averaged encoder."""
+        """The averaged encoder; without a feature encoder if it shares the student's."""
         return self.network.encoder
+
+    def encode(self, view: View, features: Tensor, collect: Literal["ffn", "block"] | None = None) -> Encoded:
+        """The whole view, without gradient, whatever its mask hides.
+
+        Args:
+            features: (B, L, D) of the student; read only if they are shared.
+        """
+        own = features.detach() if self.shares else self.encoder.features(view.x)
+        return self.encoder.contextualize(own, collect=collect, pad=view.pad)
 
     def restart(self) -> None:
         """Equal to the student again."""
-        self.network.load_state_dict(self.student.state_dict())
+        mine = self.network.state_dict()
+        self.network.load_state_dict({name: t for name, t in self.student.state_dict().items() if name in mine})
+
+    @torch.no_grad()
+    def health(self, clock: Clock) -> dict[str, float]:
+        """tau, and the length of both weight vectors (of what is averaged)."""
+        own = dict(self.network.named_parameters())
+        squares = torch.zeros(2, dtype=torch.float64, device=next(iter(own.values())).device)
+        whole = squares.clone()
+        for name, parameter in self.student.named_parameters():
+            if name in own:
+                sums = torch.stack([t.double().square().sum() for t in (own[name], owned_slice(parameter)[1])])
+                if is_partitioned(parameter):
+                    squares += sums * torch.tensor([0.0, 1.0], device=sums.device, dtype=sums.dtype)
+                    whole[0] += sums[0]
+                else:
+                    whole += sums
+        teacher, student = (whole + all_sum(squares)).sqrt().tolist()
+        return {"momentum": self.momentum(clock), "teacher_norm": teacher, "student_norm": student}
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
@@ -59,30 +97,35 @@ class Teacher(Part):
         split = []
         teacher_slices, student_slices = [], []
         for name, parameter in self.student.named_parameters():
+            if name not in own:
+                continue
             start, master = owned_slice(parameter)
             part = own[name].data.view(-1)[start : start + master.numel()]
             split.append(is_partitioned(parameter))
-            if parameter.requires_grad:
+            if parameter.requires_grad and not name.startswith(self.copied):
                 teacher_slices.append(part)
                 student_slices.append(master)
             else:
                 part.copy_(master)
         torch._foreach_lerp_(teacher_slices, student_slices, 1 - tau)
         share_slices([p.data for p in own.values()], split)
-        for mine, theirs in zip(self.network.buffers(), self.student.buffers()):
-            mine.copy_(theirs)
+        buffers = dict(self.student.named_buffers())
+        for name, mine in self.network.named_buffers():
+            mine.copy_(buffers[name])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({f"{prefix}network.{name}": tensor for name, tensor in self.network.state_dict().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        missing, unexpected = rest[2], rest[3]
+        missing, unexpected, errors = rest[2:5]
         mine = self.network.state_dict()
         for name, tensor in mine.items():
             saved = state_dict.get(f"{prefix}network.{name}")
             if saved is None:
                 missing.append(f"{prefix}network.{name}")
+            elif saved.shape != tensor.shape:
+                errors.append(f"{prefix}network.{name} is {tuple(saved.shape)}, expected {tuple(tensor.shape)}")
             else:
                 tensor.copy_(saved)
         known = {f"{prefix}network.{name}" for name in mine}
@@ -102,7 +145,7 @@ class Teacher(Part):
         twin = Teacher.__new__(Teacher)
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        twin.momentum = self.momentum
+        twin.momentum, twin.shares, twin.copied = self.momentum, self.shares, self.copied
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin

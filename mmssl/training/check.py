@@ -19,12 +19,14 @@ UPDATES = 3
 
 
 class Stopwatch(SelfSupervisedTrainer):
-    """Notes when each update ends, and stops after a few."""
+    """Notes when each update ends and the samples seen by then, and stops after a few."""
+
+    times: list[tuple[float, int]] = []
 
     def end_update(self, control: Any) -> None:
         """As always, then stop."""
         super().end_update(control)
-        self.times = [*getattr(self, "times", []), time.perf_counter()]
+        self.times = [*self.times, (time.perf_counter(), self.samples)]
         control.should_log = control.should_evaluate = control.should_save = False
         control.should_training_stop = len(self.times) > UPDATES
 
@@ -42,7 +44,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         trainer: Any = run.trainer
     if len(trainer.times) < 2:
         raise RecipeError("train.steps: check needs a run of at least two updates to time one.")
-    step = (trainer.times[-1] - trainer.times[0]) / (len(trainer.times) - 1)
+    (begin, before), *_, (end, after) = trainer.times
+    step = (end - begin) / (len(trainer.times) - 1)
     cuda = run.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     losses = {n: float(v) / trainer.terms for n, v in trainer.sums.items() if n.startswith("loss")} if trainer.terms else {}
@@ -54,7 +57,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         "updates": run.steps,
         **{name: round(value, 4) for name, value in losses.items()},
         "seconds_per_update": round(step, 4),
-        "samples_per_second": round(recipe.train.global_batch / step, 1),
+        "samples_per_second": round(trainer.seen_by_all(after - before) / (end - begin), 1),
         "peak_memory_mib": peak >> 20,
         "hours_for_the_run": round(step * run.steps / 3600, 2),
     }

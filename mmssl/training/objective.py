@@ -72,12 +72,15 @@ class Objective(nn.Module):
             tensors: a flat batch, see `Batch.tensors`, perhaps with `label` (B,) int64, -1 = unknown.
             keys: one a row, see `random.row_keys`. Dropout is seeded by the first.
         Returns: `total`, the scalar to differentiate; `loss`, the method's sum; `loss/<part>`, `health/<metric>`.
-            Without a clock: `embedding` (B, D) and, with a probe, `logits` (B, classes).
+            Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, and, with a
+            probe, `logits` (B, classes).
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
         if clock is None:
-            encoder = self.method.student.encoder
-            out = {"embedding": encoder.pool(encoder(batch.views[0])).float()}
+            encoder, view = self.method.student.encoder, batch.views[0]
+            features = encoder.features(view.x)  # (B, L, D)
+            out = {"embedding": encoder.pool(encoder.contextualize(features, pad=view.pad)).float()}
+            out["local"] = features[torch.arange(len(features)), middle(features, view.pad)].float()
             return out if self.probe is None else out | {"logits": self.probe(self.standardise(out["embedding"]))}
         if keys:
             torch.manual_seed(keys[0])
@@ -91,3 +94,10 @@ class Objective(nn.Module):
             known = (labels >= 0).sum().clamp(min=1)  # a batch without any label adds zero, not NaN
             out["total"] = loss + PROBE_SCALE * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
         return out
+
+
+def middle(tokens: Tensor, pad: Tensor | None) -> Tensor:
+    """(B,) int64: the place in the middle of each row's valid tokens."""
+    if pad is None:
+        return torch.full((len(tokens),), tokens.shape[1] // 2, device=tokens.device)
+    return (~pad).sum(1) // 2

@@ -13,19 +13,19 @@ PROBE_LR = 5e-3
 
 
 def schedule(options: OptimOptions) -> Schedule:
-    """Linear warm-up from 0, then half a cosine to 0 at the end of the run. The first update has rate 0."""
-    return Schedule(options.lr, 0.0, "cosine", warmup=options.warmup)
+    """Linear warm-up from 0, perhaps a plateau, then a fall until the end of the run. The first update has rate 0."""
+    end = 0.0 if options.fall == "cosine" else options.lr / 100
+    return Schedule(options.lr, end, options.fall, warmup=options.warmup, hold=options.hold)
 
 
 def parameter_groups(objective: Objective, options: OptimOptions) -> list[dict]:
     """Groups with and without weight decay, and the probe's own.
 
-    Only weights of linear and convolutional layers decay: cls tokens, positions, biases, norms and scales do not, whatever
+    Only weights of linear, convolutional and embedding layers decay: cls tokens, biases, norms and scales do not, whatever
     their number of dimensions. `decay: all` decays everything, as the published data2vec runs did.
     """
-    matrices = {
-        id(module.weight) for module in objective.method.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    }
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding
+    matrices = {id(module.weight) for module in objective.method.modules() if isinstance(module, kinds)}
     trained = [p for p in objective.method.parameters() if p.requires_grad]
     decayed = [p for p in trained if options.decay == "all" or id(p) in matrices]
     chosen = {id(p) for p in decayed}

@@ -8,16 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from mmssl.config import Recipe
+from mmssl.config import Recipe, keyed
 from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
 from mmssl.data.quarantine import Quarantine
-from mmssl.data.sampler import KeyBatches, check_batch
+from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import Source, open_source
 from mmssl.distributed import all_sum, barrier, rank, world
 from mmssl.errors import CheckpointError, DataError, MmsslError, NonFiniteError, RecipeError, storage_error
@@ -25,7 +25,7 @@ from mmssl.evaluate import collapse, knn
 from mmssl.evaluate.features import Sets, embed, held_out, open_sets
 from mmssl.hub.export import export_encoder, export_heads, load_weights
 from mmssl.parts import Teacher
-from mmssl.registry import Modality, modality
+from mmssl.registry import Modality, Views, modality
 from mmssl.training import checkpoint
 from mmssl.training.launch import batch_split, launched, out, training_arguments
 from mmssl.training.objective import Objective
@@ -33,6 +33,10 @@ from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder, write_atomic
 from mmssl.training.state import load_model_state, model_state, optimizer_state
 from mmssl.training.trainer import SelfSupervisedTrainer
+
+T = TypeVar("T")
+
+THIN = 1.5  # effective dimensions of local features below which a run is warned
 
 
 def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Path:
@@ -71,15 +75,73 @@ def prepare(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
-    source = open_source(recipe.data, kind, recipe.data.split)  # before the folder: a wrong path leaves no trace
-    steps_per_epoch(recipe, source)
+    # All this before the folder: a wrong path leaves no trace.
+    views = _said("views", recipe.build_views)
+    data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
+    steps_per_epoch(recipe, data.source, views)
     folder = _first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
-        return Run(recipe, args, kind, source, folder, resume, trainer)
+        return Run(recipe, args, kind, views, data, folder, resume, trainer)
     except BaseException as error:
         record_failure(folder, error)
         raise
+
+
+class Early(Quarantine):
+    """What is rejected before there is a folder for the ledger."""
+
+    def __init__(self, share: float, least: int):
+        super().__init__(None, share, least)
+        self.rejected: list[tuple[str, str, str]] = []
+
+    def record(self, identity: str, kind: str, reason: str = "") -> None:
+        """Count and keep."""
+        super().record(identity, kind, reason)
+        self.rejected.append((identity, kind, reason))
+
+    def hand_over(self, later: Quarantine) -> None:
+        """Count and name in `later` what was counted and kept here."""
+        later.seen(self.totals()[1])
+        for rejected in self.rejected:
+            later.record(*rejected)
+
+
+class Survey(NamedTuple):
+    """The data after the modality has looked at all of them."""
+
+    source: Source
+    rejected: Early
+    same_rows: bool = True  # whether row numbers still mean the same as without the survey
+
+
+def survey(recipe: Recipe, args: TrainingArguments, kind: Modality, views: Views, source: Source) -> Survey:
+    """Let the modality find out what it must know of all samples first.
+
+    The main process goes first, so that the others find what it left on disk. Raises: RecipeError; DataError if more samples
+    are bad than the recipe tolerates.
+    """
+    quarantine, prepare = Early(recipe.data.max_bad, recipe.data.min_bad), kind.prepare
+    if prepare is None:
+        return Survey(source, quarantine)
+
+    def measured() -> Source:
+        found = _said("data", lambda: prepare(source, views, quarantine))
+        if quarantine.over():
+            raise DataError(quarantine.message())
+        return found
+
+    found = _first(measured, args)
+    found = measured() if found is None else found
+    return Survey(found, quarantine, found.rows is source.rows)
+
+
+def _said(block: str, make: Callable[[], T]) -> T:
+    """What `make` makes; its ValueErrors are about the recipe."""
+    try:
+        return make()
+    except ValueError as error:
+        raise RecipeError(keyed(block, error)) from None
 
 
 def reopen(path: Path) -> RunFolder:
@@ -114,28 +176,43 @@ def finish(folder: Path) -> int:
     return 0
 
 
-def _first(make: Callable[[], RunFolder], args: TrainingArguments) -> RunFolder | None:
-    """Make the folder on the main process; its error reaches all ranks."""
-    error, folder = None, None
+def _first(make: Callable[[], T], args: TrainingArguments) -> T | None:
+    """What `make` makes on the main process, None on the others, which wait for it; its error reaches all ranks."""
+    error, made = None, None
     if args.process_index == 0:
         try:
-            folder = make()
-        except MmsslError as problem:
+            made = make()
+        except Exception as problem:  # whatever it is, the other ranks must hear of it
             error = problem
     failed = float(all_sum(torch.tensor(float(error is not None), device=args.device)))
     if error is not None:
         raise error
     if failed:
-        raise RecipeError("The main process could not use the run folder; its message says why.")
-    return folder
+        raise RecipeError("The main process could not prepare the run; its message says why.")
+    return made
 
 
-def steps_per_epoch(recipe: Recipe, source: Source) -> int:
+def steps_per_epoch(recipe: Recipe, source: Source, views: Views) -> int:
     """Updates in one pass over the data; of a stream, in the whole run. Raises: RecipeError if the data do not fill a batch."""
-    if source.streaming:
-        return recipe.train.steps or 1
-    check_batch(source.size, recipe.train.global_batch, batch_split(recipe, world())[0], world())
-    return source.size // recipe.train.global_batch
+    return (recipe.train.steps or 1) if source.streaming else key_batches(recipe, source, views).epoch_length
+
+
+def key_batches(recipe: Recipe, source: Source, views: Views, steps: int = 0, start: int = 0) -> KeyBatches:
+    """The order of samples on this rank. Raises: RecipeError if the data do not fill a batch."""
+    return KeyBatches(
+        source.size,
+        recipe.train.global_batch,
+        batch_split(recipe, world())[0],
+        rank(),
+        world(),
+        steps,
+        recipe.train.seed,
+        start,
+        source.lengths,
+        views.longest,
+        recipe.data.buckets,
+        recipe.data.budget,
+    )
 
 
 class Run:
@@ -146,14 +223,16 @@ class Run:
         recipe: Recipe,
         args: TrainingArguments,
         kind: Modality,
-        source: Source,
+        views: Views,
+        data: Survey,
         folder: RunFolder,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
     ):
-        self.recipe, self.args, self.source, self.folder = recipe, args, source, folder
+        self.recipe, self.args, self.views, self.folder = recipe, args, views, folder
+        self.source = source = data.source
         self.micro, self.accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        self.epoch_steps = steps_per_epoch(recipe, source)
+        self.epoch_steps = steps_per_epoch(recipe, source, views)
         self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
         args.max_steps = self.steps
         if recipe.optim.warmup >= self.steps and folder.is_main:
@@ -162,12 +241,14 @@ class Run:
                 "the rate never reaches optim.lr.",
                 file=sys.stderr,
             )
-        self.views = recipe.build_views()
-        self.quarantine = Quarantine(folder.path / "quarantine.jsonl", recipe.data.max_bad, recipe.data.min_bad)
+        self.quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
+        if folder.is_main and not resume:  # each rank has surveyed the same samples, and a checkpoint has counted them
+            data.rejected.hand_over(self.quarantine)
         self.sets: Sets | None = None
+        self.warned = False
         if not source.streaming or recipe.watch.path:
             self.sets = open_sets(recipe.data, recipe.watch, kind, self.views, recipe.train.seed)
-        classes, source = self._probed(source)
+        classes, source = self._probed(data)
         if source.streaming:
             self.dataset: Any = None
             self.stream = lambda first: KeyedStream(
@@ -215,11 +296,13 @@ class Run:
             state.get("applied", 0),
             tuple(state.get("samples", (0, 0))),
             tensors.get("optimizer"),
+            self.views.ragged,
         )
         self.trainer.metrics = state.get("metrics", {})
 
-    def _probed(self, source: Source) -> tuple[int, Source]:
+    def _probed(self, data: Survey) -> tuple[int, Source]:
         """Classes of the online linear probe, 0 for none, and the data with the labels that it may learn from."""
+        source = data.source
         if not self.recipe.watch.linear or source.labels is None or self.sets is None or self.sets.test is None:
             return 0, source
         measured = self.sets.test.data.source
@@ -227,7 +310,7 @@ class Run:
             return 0, source  # of another data set, with other classes
         if self.sets.name != "heldout":
             return source.classes, source
-        if self.recipe.data.limit is not None:
+        if self.recipe.data.limit is not None or not data.same_rows:
             return 0, source  # the held-out samples are not to be found among these
         labels = source.labels.clone()
         labels[held_out(source, self.recipe.train.seed)] = -1
@@ -245,16 +328,7 @@ class Run:
         }
         if self.source.streaming:
             return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
-        keys = KeyBatches(
-            self.source.size,
-            self.recipe.train.global_batch,
-            self.micro,
-            rank(),
-            world(),
-            self.steps,
-            self.recipe.train.seed,
-            start,
-        )
+        keys = key_batches(self.recipe, self.source, self.views, self.steps, start)
         return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
 
     def launch(self) -> dict[str, Any]:
@@ -302,7 +376,9 @@ class Run:
         metrics = {
             "health/rankme": collapse.rankme(bank["embedding"]),
             "health/embedding_std": collapse.dimension_std(bank["embedding"]),
+            "health/feature_rankme": collapse.rankme(bank["local"]),
         }
+        self._warn(metrics["health/feature_rankme"])
         if test is not None:
             name, k = self.sets.name, self.recipe.watch.neighbours
             metrics[f"probe/{name}/knn"] = knn.knn_accuracy(
@@ -311,6 +387,18 @@ class Run:
             if "logits" in test:
                 metrics[f"probe/{name}/linear"] = float((test["logits"].argmax(1) == test["label"]).float().mean())
         return metrics
+
+    def _warn(self, rank_of_features: float) -> None:
+        """Say once that local features degenerate, which neither loss nor the variance of targets shows."""
+        if self.warned or not self.folder.is_main or rank_of_features >= THIN:
+            return
+        self.warned = True
+        text = (
+            f"local features use {rank_of_features:.1f} dimensions (health/feature_rankme): the feature encoder may be "
+            "collapsing although targets vary. Lower optim.lr, raise method.momentum, or lengthen optim.warmup."
+        )
+        logging.getLogger("mmssl").warning(text)
+        print(f"mmssl: note: {text}", file=sys.stderr)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

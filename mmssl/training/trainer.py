@@ -17,13 +17,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from mmssl.config import Recipe
 from mmssl.data.quarantine import Quarantine
 from mmssl.distributed import all_max, all_sum, check_world, rank, world
-from mmssl.errors import DataError, NonFiniteError
+from mmssl.errors import CollapseError, DataError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, schedule, set_rates
 from mmssl.training.state import load_optimizer_state
-from mmssl.types import Clock
+from mmssl.types import Batch, Clock
 
 
 class Rates:
@@ -72,6 +72,7 @@ class SelfSupervisedTrainer(Trainer):
         probe: called every `watch.every` updates on all ranks; returns metrics.
         save: called at each save with the step, on all ranks.
         quarantine: counts unreadable samples.
+        ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class SelfSupervisedTrainer(Trainer):
         applied: int = 0,
         counted: tuple[int, int] = (0, 0),
         optimizer_state: dict[str, Tensor] | None = None,
+        ragged: bool = False,
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
@@ -103,6 +105,8 @@ class SelfSupervisedTrainer(Trainer):
         self.start, self.applied, self._optimizer_state = start, applied, optimizer_state
         self.counted, (self.bad, self.seen) = counted, counted
         self.rate = schedule(recipe.optim)
+        self.ragged = ragged
+        self.weights: list[Tensor] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
         self.stop_signal: int | None = None
         self.pending: list[dict[str, Tensor]] = []  # of this update, counted once it is applied
@@ -110,7 +114,8 @@ class SelfSupervisedTrainer(Trainer):
         self.terms = 0
         self.skipped_since_log = 0
         self._done = -1  # step that was logged, probed and saved last
-        self.last_log = (time.perf_counter(), start)
+        self.samples = 0  # of this rank, since it was started
+        self.last_log = (time.perf_counter(), 0)  # and samples by then
         self.metrics: dict[str, float] = {}
         self.module_parameters = [p for p in objective.method.parameters() if p.requires_grad]
 
@@ -126,8 +131,24 @@ class SelfSupervisedTrainer(Trainer):
         return self.loader(self.start)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
-        """Lazily: the Trainer would hold all micro-batches of an update in memory."""
-        return LazyBatches(epoch_iterator, num_batches), None
+        """Lazily: the Trainer would hold all micro-batches of an update in memory.
+
+        Ragged ones are held after all, as what each of them counts is known only when all are there.
+        """
+        batches = LazyBatches(epoch_iterator, num_batches)
+        if not self.ragged:
+            return batches, None
+        held = list(batches)
+        self.weights = self._weights([self.objective.method.terms(Batch.from_tensors(inputs)) for inputs in held])
+        return held, None
+
+    def _weights(self, terms: list[Tensor | None]) -> list[Tensor]:
+        """What each micro-batch counts, 1 on average over the update and all ranks; [] if all count the same."""
+        known = [number for number in terms if number is not None]
+        if len(known) < len(terms) or not known:
+            return []
+        mine = torch.stack(known).to(self.args.device, torch.float32)
+        return [*(mine * (len(known) * world()) / all_sum(mine.sum()).clamp(min=1))]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
@@ -168,9 +189,13 @@ class SelfSupervisedTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         keys = row_keys(self.recipe.train.seed, self.state.global_step, self.micro, len(inputs["index"]), rank(), world())
+        weight = self.weights[self.micro] if self.weights else None
         self.micro += 1
+        self.samples += len(inputs["index"])
         with self.compute_loss_context_manager():
             out = model(inputs, keys, self.clock)
+        if weight is not None:
+            out = {name: value if name.startswith("health/") else value * weight for name, value in out.items()}
         total = out.pop("total") / self.args.gradient_accumulation_steps
         bad = ~torch.isfinite(total.detach())
         for name, value in out.items():
@@ -247,7 +272,7 @@ class SelfSupervisedTrainer(Trainer):
         self._done = self.state.global_step
         grad_norm = args[1]
         if self.control.should_log:
-            self._log_terms(grad_norm)
+            self._guard(self._log_terms(grad_norm))
         if self.control.should_evaluate:
             then = time.perf_counter()
             self.metrics = self.probe(self)
@@ -257,23 +282,45 @@ class SelfSupervisedTrainer(Trainer):
             self._save_checkpoint(None, None)  # type: ignore[arg-type]
             self.control.should_save = False
 
-    def _log_terms(self, grad_norm: Any) -> None:
+    def _log_terms(self, grad_norm: Any) -> dict[str, Any]:
         """Means over the updates since the last line; null, never 0.0, if none of them was applied."""
         names = sorted(self.sums)
-        now, (then, step) = time.perf_counter(), self.last_log
+        now, (then, before) = time.perf_counter(), self.last_log
         line: dict[str, Any] = {"step": self.state.global_step, "loss": None}
         if self.terms:
             means = all_sum(torch.stack([self.sums[name].float() for name in names])) / (self.terms * world())
             line |= dict(zip(names, means.tolist()))
+            for part in self.objective.method.parts():
+                line |= {f"health/{name}": value for name, value in part.health(self.clock).items()}
         line["lr"] = self.rate(self.clock._replace(step=max(self.applied - 1, 0)))
         line["epoch"] = round(self.state.global_step / self.epoch_steps, 3)
         if grad_norm is not None:
             line["grad_norm"] = float(grad_norm)
         line["skipped"] = self.skipped_since_log
-        done = self.state.global_step - step
-        line["speed/samples_per_s"] = done * self.recipe.train.global_batch / max(now - then, 1e-9)
-        self.sums, self.terms, self.skipped_since_log, self.last_log = {}, 0, 0, (now, self.state.global_step)
+        line["speed/samples_per_s"] = self.seen_by_all(self.samples - before) / max(now - then, 1e-9)
+        self.sums, self.terms, self.skipped_since_log, self.last_log = {}, 0, 0, (now, self.samples)
         self._emit(line)
+        return line
+
+    def seen_by_all(self, samples: int) -> int:
+        """The sum over ranks."""
+        return int(all_sum(torch.tensor(samples, device=self.args.device)))
+
+    def _guard(self, line: dict[str, Any]) -> None:
+        """Stop a run whose health is below what `watch.guard` asks for. A line without an applied update tells nothing."""
+        if line["loss"] is None:
+            return
+        watch, known = self.recipe.watch, sorted(name[7:] for name in line if name.startswith("health/"))
+        for name, least in watch.guard.items():
+            if name not in known:
+                raise RecipeError(f"watch.guard.{name}: the method reports no such metric; known are {', '.join(known)}.")
+            value = line[f"health/{name}"]
+            if line["step"] > watch.guard_after and not value >= least:
+                raise CollapseError(
+                    f"health/{name} is {value:.4g} at step {line['step']}, below the {least:g} of watch.guard: the run has "
+                    "collapsed, or is about to. Lower optim.lr, raise method.momentum or take a larger train.global_batch, and "
+                    "judge by the probes; watch.guard={} turns the guard off. The last checkpoint is kept."
+                )
 
     def _emit(self, line: dict[str, Any]) -> None:
         if self.is_world_process_zero():

@@ -6,4 +6,15 @@ from modalities.vision.features import PatchFeatures
 from modalities.vision.processor import plain_views, processor
 from modalities.vision.views import ImageViews
 
-MODALITY = Modality("vision", PatchFeatures, ImageViews, decode, raw, COLUMNS, SUFFIXES, processor, plain_views)
+MODALITY = Modality(
+    "vision",
+    PatchFeatures,
+    ImageViews,
+    decode,
+    raw,
+    COLUMNS,
+    SUFFIXES,
+    processor,
+    plain_views,
+    native="modalities.vision.convert",
+)

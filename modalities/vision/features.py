@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from mmssl.model.encoder import features_of
-from mmssl.model.positions import SinCos2d
+from mmssl.model.positions import RelativeBias, SinCos2d
 
 
 @features_of("vision")
@@ -13,8 +15,16 @@ class PatchFeatures(nn.Module):
     """One strided convolution over the patches of an image, row by row. (B, C, H, W) -> (B, L, D)."""
 
     input_name = "pixel_values"
+    normed, mask_id = False, None
 
-    def __init__(self, dim: int, image_size: int = 224, patch_size: int = 16, channels: int = 3):
+    def __init__(
+        self,
+        dim: int,
+        image_size: int = 224,
+        patch_size: int = 16,
+        channels: int = 3,
+        positions: Literal["sincos", "relative"] = "sincos",
+    ):
         super().__init__()
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
             raise ValueError(
@@ -24,14 +34,15 @@ class PatchFeatures(nn.Module):
         if channels not in (1, 3):
             raise ValueError(f"channels: {channels}, must be 1 (grey) or 3 (colour)")
         self.dim, self.image_size, self.patch_size, self.channels = dim, image_size, patch_size, channels
+        self.relative = positions == "relative"
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.length = self.grid[0] * self.grid[1]
         self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
 
-    def positions(self) -> nn.Module:
-        """Fixed 2-D sine-cosine positions."""
-        return SinCos2d(self.dim, self.grid)
+    def positions(self, heads: int, extra: int) -> nn.Module:
+        """Fixed 2-D sine-cosine positions, or learned biases of the attention as in BEiT."""
+        return RelativeBias(self.grid, heads, extra) if self.relative else SinCos2d(self.dim, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut and project."""

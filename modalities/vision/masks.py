@@ -1,4 +1,4 @@
-"""Masks over a grid of patches."""
+"""Masks over a grid of patches that only images have; block masks are in `mmssl/masks.py`."""
 
 from __future__ import annotations
 
@@ -7,42 +7,40 @@ import math
 import torch
 from torch import Tensor
 
+TRIES = 10  # rectangles in a row that do not fit, or add nothing, before the rest is scattered
 
-def inverse_blocks(
-    grid: tuple[int, int], copies: int, ratio: float, width: int, adjust: float, draw: torch.Generator, inverse: bool = True
-) -> Tensor:
-    """Block masks of data2vec 2.0: keep a few squares, hide the rest (or hide the squares, if not `inverse`).
 
-    Squares of `width` patches around uniformly drawn centres (with replacement, clamped at the edge) are covered; then
-    uniformly chosen cells are cleared or added until every row covers exactly floor(L * share) of them.
+def rectangles(grid: tuple[int, int], copies: int, ratio: float, smallest: int, aspect: float, draw: torch.Generator) -> Tensor:
+    """Block-wise masks of BEiT and data2vec 1: rectangles are added until the wanted number of patches is hidden.
 
     Args:
         copies: masks to draw, M.
-        ratio: share of patches to hide; `adjust` enlarges the drawn area to make up for overlaps.
-    Returns: (M, L) bool, True = masked.
-    Source: arXiv:2212.07525 and the authors' code.
+        ratio: share of patches to hide.
+        smallest: patches of the smallest rectangle, as long as so many are left to hide.
+        aspect: least ratio of height to width; the greatest is its inverse.
+    Returns: (M, L) bool, True = masked, exactly floor(L * ratio) in each row: uniformly drawn patches make up the few
+        that no rectangle found room for.
+    Source: arXiv:2106.08254, algorithm 1, and the authors' code.
     """
-    covered = cover(grid, copies, ratio, width, adjust, draw, inverse)
-    share = 1 - ratio if inverse else ratio
-    target = math.floor(grid[0] * grid[1] * share)
-    # Covered cells rank before clear ones and ties are broken at random: the first `target` cells of this order drop
-    # covered cells if there are too many, and add clear ones if there are too few.
-    order = (torch.rand(covered.shape, generator=draw) + covered).argsort(dim=1, descending=True)
-    exact = torch.zeros_like(covered).scatter_(1, order[:, :target], True)
-    return ~exact if inverse else exact
-
-
-def cover(
-    grid: tuple[int, int], copies: int, ratio: float, width: int, adjust: float, draw: torch.Generator, inverse: bool = True
-) -> Tensor:
-    """The drawn squares before the rows are made equal. (M, L) bool, True = in a square."""
     rows, columns = grid
-    length = rows * columns
-    share = 1 - ratio if inverse else ratio
-    centres = math.floor(length * (share + adjust) / width**2)
-    centre = torch.randint(length, (copies, max(centres, 1)), generator=draw)
-    offset = torch.arange(width) - width // 2
-    row = (centre.div(columns, rounding_mode="floor")[..., None] + offset).clamp(0, rows - 1)  # (M, c, w)
-    column = (centre.remainder(columns)[..., None] + offset).clamp(0, columns - 1)
-    cells = (row[..., :, None] * columns + column[..., None, :]).flatten(1)  # (M, c*w*w)
-    return torch.zeros(copies, length, dtype=torch.bool).scatter_(1, cells, True)
+    target = math.floor(rows * columns * ratio)
+    hidden = torch.zeros(copies, rows, columns, dtype=torch.bool)
+    for mask in hidden:
+        failed = 0
+        while (free := target - int(mask.sum())) and failed < TRIES:
+            u = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+            area = smallest + u[0] * (free - smallest)
+            height_to_width = aspect ** (1 - 2 * u[1])
+            height, width = round(math.sqrt(area * height_to_width)), round(math.sqrt(area / height_to_width))
+            failed += 1
+            if not (0 < height < rows and 0 < width < columns):
+                continue
+            top = int(torch.randint(rows - height + 1, (), generator=draw))
+            left = int(torch.randint(columns - width + 1, (), generator=draw))
+            box = mask[top : top + height, left : left + width]
+            if 0 < int((~box).sum()) <= free:
+                box.fill_(True)
+                failed = 0
+    flat = hidden.flatten(1)
+    order = (torch.rand(flat.shape, generator=draw) + flat).argsort(dim=1, descending=True)
+    return torch.zeros_like(flat).scatter_(1, order[:, :target], True)

@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from mmssl.masks import blocks
 from mmssl.types import Mask, View
-from modalities.vision.masks import inverse_blocks
+from modalities.vision.masks import rectangles
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Inverse block masks; the defaults are those of the image base recipe of data2vec 2.0."""
+    """Which patches to hide; the defaults are those of the image base recipe of data2vec 2.0."""
 
+    kind: Literal["block", "rectangle"] = "block"  # squares of data2vec 2, rectangles of BEiT and data2vec 1
     ratio: float = 0.8
-    adjust: float = 0.07
-    width: int = 3
+    adjust: float = 0.07  # of blocks: share drawn in addition, since they overlap
+    width: int = 3  # of blocks
     copies: int = 16
-    inverse: bool = True
+    inverse: bool = True  # of blocks: they are what is kept
+    smallest: int = 16  # of rectangles: patches
+    aspect: float = 0.3  # of rectangles: least height / width, the greatest is its inverse
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -34,12 +38,16 @@ class MaskOptions:
 class ImageViews:
     """A random crop, flipped at random, with its masks."""
 
+    ragged: bool = False
+    longest: int | None = None  # all views have one size
+
     def __init__(
         self,
         features: Any,
         scale: tuple[float, float] = (0.2, 1.0),
         aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        jitter: float = 0.0,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         mask: MaskOptions | None = None,
@@ -52,21 +60,27 @@ class ImageViews:
             raise ValueError(f"image_size: {features.image_size}, at most 8192 pixels")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip: {flip}, must be a probability")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter: {jitter}, must be at least 0 and below 1")
         if len(mean) not in (1, features.channels) or len(std) not in (1, features.channels) or min(std) <= 0:
             raise ValueError(f"mean, std: need one number or {features.channels}, and std above 0")
         self.size, self.channels, self.grid = features.image_size, features.channels, features.grid
-        self.scale, self.aspect, self.flip, self.mask = scale, aspect, flip, mask
+        self.scale, self.aspect, self.flip, self.jitter, self.mask = scale, aspect, flip, jitter, mask
         self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         if mask is not None:
-            share = 1 - mask.ratio if mask.inverse else mask.ratio
+            share = 1 - mask.ratio if mask.inverse and mask.kind == "block" else mask.ratio
             if not (0 < mask.ratio < 1 and 0 < math.floor(features.length * share) < features.length):
                 raise ValueError(f"mask.ratio: {mask.ratio} of {features.length} patches leaves nothing or everything visible")
             if not 1 <= mask.copies <= 1024 or not 1 <= mask.width <= min(self.grid) or not -1 < mask.adjust < 1:
                 raise ValueError(
                     f"mask: copies must be between 1 and 1024, width between 1 and {min(self.grid)}, adjust between -1 and 1"
                 )
+            if mask.smallest < 1 or not 0 < mask.aspect <= 1:
+                raise ValueError("mask: smallest must be at least 1 patch, aspect above 0 and at most 1")
 
-    def __call__(self, sample: Image.Image, draw: Callable[[int], torch.Generator]) -> dict[str, Tensor]:
+    def __call__(
+        self, sample: Image.Image, draw: Callable[[int], torch.Generator], length: int | None = None
+    ) -> dict[str, Tensor]:
         """One crop and its masks.
 
         Returns: x (C, H, W) float, normalised; hidden (M, L) bool if the recipe masks.
@@ -74,11 +88,19 @@ class ImageViews:
         source = draw(0)
         left, top, width, height = crop_box(sample.width, sample.height, self.scale, self.aspect, source)
         flip = bool(torch.rand((), generator=source) < self.flip)
-        tensors = {"x": self._tensor(sample, (left, top, left + width, top + height), flip)}
+        change = jittered(self.jitter, source) if self.jitter else None
+        tensors = {"x": self._tensor(sample, (left, top, left + width, top + height), flip, change)}
         if self.mask is not None:
-            m = self.mask
-            tensors["hidden"] = inverse_blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, source, m.inverse)
+            tensors["hidden"] = self._hidden(source)
         return tensors
+
+    def _hidden(self, draw: torch.Generator) -> Tensor:
+        """(M, L) bool."""
+        m = self.mask
+        assert m is not None
+        if m.kind == "rectangle":
+            return rectangles(self.grid, m.copies, m.ratio, m.smallest, m.aspect, draw)
+        return blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, draw, m.inverse)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
         """Stack; the masks of a sample stay adjacent."""
@@ -90,16 +112,37 @@ class ImageViews:
         """The shorter side resized to the image size, centre crop."""
         return View(torch.stack([self._tensor(s, centre_box(s.width, s.height), False) for s in samples]), "vision")
 
-    def _tensor(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> Tensor:
-        """Cut `box`, resize it to the image size in one go, normalise. (C, H, W).
+    def _tensor(
+        self,
+        image: Image.Image,
+        box: tuple[float, float, float, float],
+        flip: bool,
+        change: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> Tensor:
+        """Cut `box`, resize it to the image size in one go, change colours, normalise. (C, H, W).
 
         Departs from torchvision, which cuts first: at the edge the filter sees the pixels around the box.
         """
         cut = image.convert("L" if self.channels == 1 else "RGB").resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        cut = cut if change is None else change(cut)
         pixels = np.asarray(cut, np.float32).reshape(self.size, self.size, self.channels)
         if flip:
             pixels = pixels[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(((pixels - self.mean) / self.std).transpose(2, 0, 1)))
+
+
+def jittered(strength: float, draw: torch.Generator) -> Callable[[Image.Image], Image.Image]:
+    """Brightness, contrast and saturation by factors from 1 - strength to 1 + strength, in random order."""
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = (1 + strength * (2 * torch.rand(3, generator=draw, dtype=torch.float64) - 1)).tolist()
+    order = torch.randperm(3, generator=draw).tolist()
+
+    def change(image: Image.Image) -> Image.Image:
+        for i in order:
+            image = kinds[i](image).enhance(factors[i])
+        return image
+
+    return change
 
 
 def centre_box(width: int, height: int) -> tuple[float, float, float, float]:

@@ -22,7 +22,7 @@ from mmssl.types import Rejected, View
 class FakeViews:
     """Two views: the sample plus noise of its own; the second one drawn first."""
 
-    def __call__(self, sample, draw):
+    def __call__(self, sample, draw, length=None):
         second, first = (torch.rand((), generator=draw(i)) for i in (1, 0))
         return {"a": sample + first, "b": sample + second}
 
@@ -119,6 +119,25 @@ def test_a_bad_sample_is_recorded_and_replaced_by_a_keyed_draw(tmp_path):
     assert found["first"][0].endswith("c0/000.txt (truncated: said so)")
 
 
+def test_views_are_told_the_length_of_a_key(tmp_path):
+    data = dataset_of(folder(tmp_path, range(4)))
+    views, told = data.views, []
+    data.views = lambda sample, draw, length: told.append(length) or views(sample, draw)
+    longer = data[1, 2, 7]
+    assert torch.equal(longer["a"], data[1, 2]["a"])  # the same stream of draws
+    assert told == [7, None]
+
+
+def test_a_bad_sample_of_known_length_is_replaced_by_one_that_is_not_shorter(tmp_path):
+    data = dataset_of(folder(tmp_path, ["truncated", *range(1, 9)]))
+    data.source = data.source._replace(lengths=torch.tensor([30, 10, 30, -1, 20, 40, 19, -1, 5]))
+    substitutes = {data[epoch, 0, 20]["index"] for epoch in range(40)}
+    assert substitutes == {2, 4, 5}
+    draw = torch.randint(4, (), generator=generator(5, "replace", 7, 0, 1))  # of 0, 2, 4, 5
+    first = torch.randint(4, (), generator=generator(5, "replace", 7, 0, 0))
+    assert data[7, 0, 20]["index"] == [0, 2, 4, 5][int(first) or int(draw)]
+
+
 def test_whatever_a_decoder_raises_is_a_rejection(tmp_path):
     data = dataset_of(folder(tmp_path, ["crash", 1, 2]))
     data[0, 0]
@@ -133,7 +152,7 @@ def test_a_view_that_is_not_finite_is_a_rejection(tmp_path):
 
 def test_a_mistake_in_the_views_is_not_hidden(tmp_path):
     data = dataset_of(folder(tmp_path, [1, 2]))
-    data.views = lambda sample, draw: sample.no
+    data.views = lambda sample, draw, length: sample.no
     with pytest.raises(AttributeError):
         data[0, 0]
 

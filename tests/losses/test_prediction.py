@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mmssl.losses import average_layers, data2vec_regression, instance_norm, token_std
@@ -66,6 +67,38 @@ def test_a_zero_prediction_of_an_image_target_scores_the_root_of_its_width(dim, 
     assert abs(found / wanted - 1) < 1e-3
 
 
+@pytest.mark.parametrize("dim", [768, 1024])
+def test_a_zero_prediction_scores_between_all_layers_alike_and_all_independent(dim):
+    layers = [drawn(2, 60, dim, seed=i) for i in range(8)]
+    mask, zero = Mask.of(torch.arange(60).repeat(2, 1) < 59), torch.zeros(2, 60, dim, dtype=torch.float64)
+    for scale, wanted in ((None, dim**0.5), (1.0, dim)):  # speech, text
+        alike = float(data2vec_regression(zero, average_layers(layers[:1] * 8, 8, final="none"), mask, scale))
+        apart = float(data2vec_regression(zero, average_layers(layers, 8, final="none"), mask, scale))
+        assert abs(alike / wanted - 1) < 1e-2
+        assert abs(apart / wanted * 8 - 1) < 2e-2
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0, 4.0])
+def test_smooth_l1_is_that_of_torch_and_the_formula(beta):
+    prediction, target, mask = 3 * drawn(4, 5, 6), drawn(2, 5, 6, seed=1), mask_of(4, 5, 3)
+    found = data2vec_regression(prediction, target, mask, 1.0, beta)
+    chosen = prediction[mask.hidden], target.repeat_interleave(2, 0)[mask.hidden]
+    assert_close(found, torch.nn.SmoothL1Loss(reduction="sum", beta=beta)(*chosen) / 12, rtol=1e-12, atol=0)
+    errors = (chosen[0] - chosen[1]).abs().flatten().tolist()
+    assert min(errors) < beta < max(errors)
+    by_hand = sum(e**2 / (2 * beta) if e < beta else e - beta / 2 for e in errors)
+    assert float(found) == pytest.approx(by_hand / 12, rel=1e-12)
+    mean = data2vec_regression(prediction, target, mask, 1 / 6, beta)  # the image recipe's: over channels as well
+    assert_close(mean, torch.nn.SmoothL1Loss(beta=beta)(*chosen), rtol=1e-12, atol=0)
+
+
+def test_visible_tokens_have_no_part_in_the_loss_or_its_gradient():
+    prediction, target, mask = drawn(2, 5, 4).requires_grad_(), drawn(2, 5, 4, seed=1), mask_of(2, 5, 3)
+    (gradient,) = torch.autograd.grad(data2vec_regression(prediction, target, mask), prediction)
+    assert gradient[~mask.hidden].abs().max() == 0
+    assert_close(gradient[mask.hidden], (prediction - target)[mask.hidden].detach() / 6, rtol=1e-12, atol=0)  # 2 / (2 * 6)
+
+
 # Targets
 
 
@@ -80,7 +113,7 @@ def test_average_layers_matches_a_slow_loop():
                 variance = sum((v - mean) ** 2 for v in values) / 5  # biased
                 for token, value in enumerate(values):
                     wanted[sample, token, channel] += (value - mean) / math.sqrt(variance + 1e-5) / 2
-    assert_close(average_layers(layers, 2, final_norm=False), wanted, rtol=1e-10, atol=1e-12)
+    assert_close(average_layers(layers, 2, final="none"), wanted, rtol=1e-10, atol=1e-12)
     for sample in range(2):
         for token in range(5):
             values = [float(v) for v in wanted[sample, token]]
@@ -88,6 +121,50 @@ def test_average_layers_matches_a_slow_loop():
             variance = sum((v - mean) ** 2 for v in values) / 3
             wanted[sample, token] = torch.tensor([(v - mean) / math.sqrt(variance + 1e-5) for v in values], dtype=torch.float64)
     assert_close(average_layers(layers, 2), wanted, rtol=1e-10, atol=1e-12)
+
+
+NORMS = [(each, final) for each in ("instance", "layer", "none") for final in ("instance", "layer", "none")]
+
+
+@pytest.mark.parametrize(("each", "final"), NORMS)
+def test_a_padded_target_is_that_of_each_row_by_itself(each, final):
+    layers, lengths = [3 * drawn(3, 8, 6, seed=i) + i for i in range(3)], (8, 5, 3)
+    pad = torch.arange(8) >= torch.tensor(lengths)[:, None]
+    found = average_layers(layers, 2, each, final, pad)
+    for row, length in enumerate(lengths):
+        alone = average_layers([layer[row : row + 1, :length] for layer in layers], 2, each, final)
+        assert_close(found[row, :length], alone[0], rtol=1e-12, atol=1e-12)
+    whole = average_layers(layers, 2, each, final)
+    assert_close(average_layers(layers, 2, each, final, torch.zeros(3, 8).bool()), whole, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(whole[2, :3], found[2, :3]) == ("instance" not in (each, final))
+
+
+@pytest.mark.parametrize("how", ["instance", "layer"])
+def test_norms_are_those_of_torch(how):
+    x = 3 * drawn(2, 9, 6) + 1
+    wanted = F.layer_norm(x, (6,)) if how == "layer" else F.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+    assert_close(average_layers([x], 1, how, "none"), wanted, rtol=1e-12, atol=1e-12)
+    assert_close(average_layers([x], 1, "none", how), wanted, rtol=1e-12, atol=1e-12)
+    assert_close(average_layers([x, 2 * x], 2, "none", "none"), 1.5 * x, rtol=1e-12, atol=1e-12)
+
+
+def test_instance_norm_of_padded_rows_ignores_what_stands_in_the_padding():
+    x, pad = drawn(2, 7, 4), torch.arange(7) >= torch.tensor([[7], [4]])
+    found = instance_norm(x, pad=pad)
+    assert_close(found[1, :4], instance_norm(x[1:, :4])[0], rtol=1e-12, atol=1e-12)
+    assert found[1, 4:].abs().max() == 0
+    assert_close(instance_norm(x.masked_fill(pad[..., None], 1e6), pad=pad), found, rtol=1e-12, atol=1e-12)
+    assert_close(found[0], instance_norm(x[:1])[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_target_without_final_norm_has_mean_zero_over_the_tokens_of_each_sample():
+    pad = torch.arange(20) >= torch.tensor([[20], [13]])
+    target = average_layers([drawn(2, 20, 16, seed=i).float() for i in range(4)], 3, final="none", pad=pad)
+    for row, length in enumerate((20, 13)):
+        assert target[row, :length].mean(0).abs().max() < 1e-5
+    large = average_layers([drawn(2, 20, 16, seed=i).float() for i in range(4)], 3, "layer", "instance", pad)
+    assert large[1, :13].mean(0).abs().max() < 1e-5
+    assert_close(large[1, :13].var(0, correction=0), torch.ones(16), rtol=0, atol=1e-3)
 
 
 def test_an_image_target_has_mean_zero_and_mean_square_one_in_each_token():
@@ -98,15 +175,15 @@ def test_an_image_target_has_mean_zero_and_mean_square_one_in_each_token():
 
 def test_equal_layers_average_to_variance_one_and_independent_ones_to_one_over_their_number():
     layers = [drawn(2, 400, 32, seed=i) for i in range(8)]
-    same = average_layers([layers[0]] * 8, 8, final_norm=False)
+    same = average_layers([layers[0]] * 8, 8, final="none")
     assert_close(same.var(1, correction=0), torch.ones(2, 32, dtype=torch.float64), rtol=0, atol=1e-4)
-    mixed = average_layers(layers, 8, final_norm=False).var(1, correction=0).mean()
+    mixed = average_layers(layers, 8, final="none").var(1, correction=0).mean()
     assert abs(float(mixed) * 8 - 1) < 0.05
 
 
 def test_without_the_final_norm_the_mean_target_is_zero_and_with_it_it_is_not():
     layers = [drawn(2, 20, 16, seed=i) for i in range(4)]
-    assert average_layers(layers, 4, final_norm=False).mean(1).abs().max() < 1e-12
+    assert average_layers(layers, 4, final="none").mean(1).abs().max() < 1e-12
     assert average_layers(layers, 4).mean(1).abs().mean() > 1e-3
 
 
@@ -136,6 +213,17 @@ def test_token_std_of_a_constant_is_a_thousandth_and_of_normalised_noise_one():
     for constant in (0.0, 2.0, 5.0):
         assert abs(float(token_std(torch.full((4, 50, 8), constant))) - 0.001) < 1e-6
     assert abs(float(token_std(average_layers([drawn(8, 50, 64)], 1))) - 1) < 0.02
+
+
+def test_token_std_does_not_count_padding():
+    tokens, pad = drawn(4, 7, 5), torch.arange(7) >= torch.tensor([[7], [3], [5], [1]])
+    wanted = (tokens[~pad].var(0) + 1e-6).sqrt().mean()
+    assert_close(token_std(tokens, pad=pad), wanted, rtol=1e-12, atol=0)
+    spoilt = tokens.masked_fill(pad[..., None], math.nan)
+    assert_close(token_std(spoilt, pad=pad), wanted, rtol=1e-12, atol=0)
+    mask = Mask.of(torch.tensor([[c == "x" for c in row] for row in ("x.x....", ".x.....")]), pad[[0, 2]])
+    wanted = (tokens[[0, 2]][mask.hidden].var(0) + 1e-6).sqrt().mean()
+    assert_close(token_std(tokens[[0, 2]], mask, pad=pad[[0, 2]]), wanted, rtol=1e-12, atol=0)
 
 
 def test_token_std_has_no_gradient_and_takes_bf16():

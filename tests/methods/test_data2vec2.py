@@ -9,12 +9,14 @@ from torch.testing import assert_close
 from mmssl.config import Recipe
 from mmssl.errors import RecipeError
 from mmssl.losses import average_layers, data2vec_regression
+from mmssl.masks import blocks
 from mmssl.methods.data2vec2 import Data2Vec2
 from mmssl.model import decoder as decoder_module
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.decoder import ConvDecoderOptions
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Network, Teacher
+from mmssl.random import generator
 from mmssl.schedules import constant, linear
 from mmssl.training.objective import Objective
 from mmssl.types import Clock, Mask, View
@@ -37,7 +39,32 @@ def randomised(method, seed=0):
 
 
 def targets(method, view):
-    return average_layers(method.teacher.encoder(view, collect="ffn").layers, method.top_k)
+    features = method.student.encoder.features(view.x)
+    layers = method.teacher.encode(view, features, "ffn").layers
+    return average_layers(layers, method.top_k, method.each_norm, method.final_norm, view.pad)
+
+
+def wide(batch):
+    """In float64; token ids stay what they are."""
+    return batch._replace(views=[v._replace(x=v.x.double() if v.x.is_floating_point() else v.x) for v in batch.views])
+
+
+def part(batch, rows, masks=None):
+    """Some samples, or some masks of one, cut to the longest of them; without `pad` where nothing is padded."""
+    (view,) = batch.views
+    masks = masks or slice(rows.start * view.copies, rows.stop * view.copies)
+    x, hidden, pad = view.x[rows], view.mask.hidden[masks], None
+    if view.pad is not None:
+        longest = int((~view.pad[rows]).sum(1).max())
+        x = x[:, : longest if view.modality == "text" else 400 + 320 * (longest - 1)]
+        hidden, pad = hidden[:, :longest], view.pad[rows, :longest]
+    view = View(x, view.modality, pad if pad is not None and pad.any() else None, Mask.of(hidden, pad))
+    return batch._replace(views=[view], index=batch.index[rows], keys=batch.keys[rows])
+
+
+MODALITIES = pytest.mark.parametrize("modality", ["vision", "speech", "text"])
+# modality, tokens of each sample that are not padding
+PADDED = pytest.mark.parametrize(("modality", "valid"), [("vision", None), ("speech", (16, 11, 13)), ("text", (16, 7, 13))])
 
 
 # Shapes and counts -----------------------------------------------------------------------------------------------------
@@ -49,14 +76,18 @@ def huge() -> Data2Vec2:
 
 
 @pytest.mark.parametrize(
-    ("build", "trained", "encoder", "decoder", "fixed", "teacher", "block"),
+    ("build", "trained", "encoder", "decoder", "fixed", "teacher", "block", "convs", "places"),
     [
-        ("vision/data2vec2-base", 88_233_216, 85_647_360, 2_585_856, 150_528, 85_797_888, 7_087_872),
-        ("vision/data2vec2-large", 309_067_776, 303_099_904, 5_967_872, 200_704, 303_300_608, 12_596_224),
-        (huge, 637_075_712, 630_435_840, 6_639_872, 327_680, 630_763_520, 19_677_440),
+        ("vision/data2vec2-base", 88_233_216, 85_647_360, 2_585_856, 150_528, 85_797_888, 7_087_872, 0, 0),
+        ("vision/data2vec2-large", 309_067_776, 303_099_904, 5_967_872, 200_704, 303_300_608, 12_596_224, 0, 0),
+        (huge, 637_075_712, 630_435_840, 6_639_872, 327_680, 630_763_520, 19_677_440, 0, 0),
+        ("speech/data2vec2-base", 93_783_308, 93_163_532, 619_776, 0, 88_561_932, 7_087_872, 4_206_592, 3_505_920),
+        ("speech/data2vec2-large", 315_184_144, 313_275_408, 1_908_736, 0, 308_542_480, 12_596_224, 4_206_592, 6_231_040),
+        ("text/data2vec2-base", 152_961_792, 124_054_272, 28_907_520, 0, 85_054_464, 7_087_872, 0, 0),
+        ("text/data2vec2-large", 385_379_584, 354_309_120, 31_070_464, 0, 302_309_376, 12_596_224, 0, 0),
     ],
 )
-def test_parameter_counts_are_those_of_the_paper(build, trained, encoder, decoder, fixed, teacher, block):
+def test_parameter_counts_are_those_of_the_paper(build, trained, encoder, decoder, fixed, teacher, block, convs, places):
     with torch.device("meta"):
         method = Recipe.load(build).build() if isinstance(build, str) else build()
     assert count(p for p in method.parameters() if p.requires_grad) == trained
@@ -64,7 +95,11 @@ def test_parameter_counts_are_those_of_the_paper(build, trained, encoder, decode
     assert count(method.decoder.parameters()) == decoder
     assert count(method.student.buffers()) == fixed
     assert count(method.teacher.state_dict().values()) == teacher
-    assert {count(b.parameters()) for b in [*method.student.encoder.transformer.blocks]} == {block}
+    net = method.student.encoder
+    assert {count(b.parameters()) for b in [*net.transformer.prenet, *net.transformer.blocks]} == {block}
+    if convs:
+        assert count([*net.features.convs.parameters(), *net.features.norms.parameters()]) == convs
+        assert count(net.positions.convs.parameters()) == places
 
 
 def test_the_student_of_image_base_sees_cls_and_39_patches_of_each_masked_copy(tiny):
@@ -76,56 +111,98 @@ def test_the_student_of_image_base_sees_cls_and_39_patches_of_each_masked_copy(t
     assert seen == [(8, 40, 16)]
 
 
+@pytest.mark.parametrize(("samples", "frames"), [(400, 1), (719, 1), (720, 2), (16_000, 49), (32_000, 99), (160_000, 499)])
+def test_sound_becomes_one_frame_every_20_ms(tiny, samples, frames):
+    encoder = tiny(modality="speech")[0].student.encoder
+    assert encoder.features(torch.zeros(1, samples)).shape == (1, frames, 16)
+    assert encoder.features.frames(samples) == frames
+    assert [encoder.features.frames(n) for n in (0, 1, 399, 320_000)] == [0, 0, 0, 999]
+    with pytest.raises(ValueError, match="399 samples are too few"):
+        encoder.features(torch.zeros(1, 399))
+
+
+@pytest.mark.parametrize(("ratio", "adjust", "kept"), [(0.5, 0.05, 500), (0.55, 0.1, 450)])
+def test_the_student_of_speech_sees_only_the_frames_that_are_kept_of_20_s(tiny, ratio, adjust, kept):
+    method, _ = tiny(modality="speech", depth=2)
+    mask = Mask.of(blocks((999,), 2, ratio, 5, adjust, generator("20 s")))
+    seen = []
+    method.student.encoder.transformer.prenet[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    method.student.encoder.contextualize(torch.zeros(1, 999, 16), mask)
+    assert seen == [(2, kept, 16)]
+
+
 @pytest.mark.parametrize("copies", [1, 2, 5])
-def test_one_step_runs_the_teacher_once_per_sample_and_the_patch_convolution_twice(tiny, copies):
-    method, batch = tiny(copies=copies)
-    teacher, student, patches, decoded = [], [], [], []
+@MODALITIES
+def test_one_step_runs_the_teacher_once_per_sample_and_the_features_once_or_also_for_their_average(tiny, copies, modality):
+    method, batch = tiny(copies=copies, modality=modality)
+    teacher, student, local, decoded = [], [], [], []
     for encoder, calls in ((method.teacher.encoder, teacher), (method.student.encoder, student)):
         encoder.transformer.register_forward_hook(lambda _, args, out, calls=calls: calls.append(args[0].shape[:2]))
-        encoder.features.proj.register_forward_hook(lambda _, args, out: patches.append(len(args[0])))
+        if not isinstance(encoder.features, nn.Identity):
+            encoder.features.register_forward_hook(lambda _, args, out: local.append(len(args[0])))
     method.decoder.register_forward_hook(lambda _, args, out: decoded.append(out.shape))
     method(batch, Clock())
     assert teacher == [(3, 16)]
-    assert student == [(3 * copies, 4)]
-    assert patches == [3, 3]
+    assert student == [(3 * copies, 4 if modality == "vision" else 8)]
+    assert local == ([3, 3] if modality == "vision" else [3])
     assert decoded == [(3 * copies, 16, 16)]
 
 
 # One step by hand ------------------------------------------------------------------------------------------------------
 
 
-def test_the_losses_are_those_of_the_algorithm_done_row_by_row(tiny):
-    method, batch = tiny(samples=2, copies=3, cls_weight=0.7)
+def normed(x, how):
+    """(L, D) of one sample; over tokens or over channels."""
+    if how == "none":
+        return x
+    over = 0 if how == "instance" else 1
+    return (x - x.mean(over, True)) / (x.var(over, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+CLS = {"cls_weight": 0.7, "final_norm": "layer"}
+
+
+@pytest.mark.parametrize(
+    ("modality", "valid", "extra", "options", "each", "final", "scale"),
+    [
+        ("vision", None, 1, CLS, "instance", "layer", 0.25),  # 16 ** -0.5
+        ("speech", None, 0, {}, "instance", "none", 0.25),
+        ("speech", (16, 11), 0, {}, "instance", "none", 0.25),
+        ("text", (16, 9), 0, {}, "instance", "none", 1.0),
+        ("text", (9, 16), 0, {"each_norm": "layer", "final_norm": "instance"}, "layer", "instance", 1.0),
+        ("text", (16, 9), 1, CLS, "instance", "layer", 1.0),
+    ],
+)
+def test_the_losses_are_those_of_the_algorithm_done_row_by_row(tiny, modality, valid, extra, options, each, final, scale):
+    method, batch = tiny(2, 3, modality=modality, valid=valid, options=options, extra_tokens=extra)
     randomised(method.double())
     method.decoder.noise = 0.0
-    (view,) = batch.views
-    view = view._replace(x=view.x.double())
-    found = {name: float(term.detach()) for name, term in method(batch._replace(views=[view]), Clock()).losses.items()}
+    batch = wide(batch)
+    found = {name: float(term.detach()) for name, term in method(batch, Clock()).losses.items()}
     tokens, cls = [], []
     with torch.no_grad():
-        for row in range(6):
-            x = view.x[row // 3 : row // 3 + 1]  # rows 0, 1, 2 are sample 0
-            mask = Mask.of(view.mask.hidden[row : row + 1])
-            layers = method.teacher.encoder(View(x, "vision"), collect="ffn").layers
+        for row in range(6):  # rows 0, 1, 2 are sample 0; each by itself has no padding
+            (view,) = part(batch, slice(row // 3, row // 3 + 1), slice(row, row + 1)).views
+            assert view.pad is None
+            features = method.student.encoder.features(view.x)
+            layers = method.teacher.encode(view, features, "ffn").layers
             assert len(layers) == 3  # the trunk's, not the prenet's
-            target = torch.zeros(16, 16, dtype=torch.float64)
-            for layer in layers[-2:]:
-                target += (layer[0] - layer[0].mean(0)) / (layer[0].var(0, correction=0) + 1e-5).sqrt() / 2
-            target = (target - target.mean(1, True)) / (target.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
-            out = method.student.encoder(View(x, "vision"), mask)
-            rebuilt = method.decoder(out.tokens, mask, [0])[0]
-            hidden = mask.hidden[0]
-            tokens += ((rebuilt - target)[hidden].square().sum(1) / 4).tolist()  # 16 ** -0.5
-            cls.append(float((out.cls[0] - target.mean(0)).square().sum() / 4))
-    assert len(tokens) == 6 * 12
+            target = normed(sum(normed(layer[0], each) for layer in layers[-2:]) / 2, final)
+            out = method.student.encoder.contextualize(features, view.mask)
+            rebuilt = method.decoder(out.tokens, view.mask, [0])[0]
+            tokens += ((rebuilt - target)[view.mask.hidden[0]].square().sum(1) * scale).tolist()
+            if extra:
+                cls.append(float((out.cls[0] - target.mean(0)).square().sum() * scale))
+    assert len(tokens) == int(batch.views[0].mask.hidden.sum())
     assert found["tokens"] == pytest.approx(sum(tokens) / len(tokens), rel=1e-10)
-    assert found["cls"] == pytest.approx(0.7 * sum(cls) / 6, rel=1e-10)
+    assert found.get("cls", 0) == pytest.approx(0.7 * sum(cls) / 6, rel=1e-10)
 
 
-def test_the_cls_weight_stands_for_the_authors_sum_over_the_rows_of_a_device(tiny):
-    method, batch = tiny(samples=1, copies=16, cls_weight=0.16)
+@pytest.mark.parametrize(("samples", "weight"), [(1, 0.16), (16, 2.56)])
+def test_the_cls_weight_stands_for_the_authors_sum_over_the_rows_of_a_device(tiny, samples, weight):
+    method, batch = tiny(samples=samples, copies=16, cls_weight=weight)
     found = randomised(method)(batch, Clock()).losses["cls"]
-    target = targets(method, batch.views[0]).mean(1)
+    target = targets(method, batch.views[0]).mean(1).repeat_interleave(16, 0)
     prediction = method.student.encoder(batch.views[0], batch.views[0].mask).cls
     assert_close(found, 0.01 * ((prediction - target).square() / 4).sum(), rtol=1e-5, atol=0)
     assert "cls" not in tiny(cls_weight=0)[0](batch, Clock()).losses
@@ -142,52 +219,70 @@ def test_clones_share_their_sample_and_nothing_else(tiny):
     assert bool(((before - after)[4:].abs().amax((1, 2)) > 1e-3).all())
 
 
-def test_splitting_a_batch_into_micro_batches_changes_neither_loss_nor_gradients(tiny):
-    method, batch = tiny(samples=8, copies=2)
+@pytest.mark.parametrize(
+    ("modality", "valid"),
+    [("vision", None), ("speech", None), ("speech", (16, 9, 12, 16, 9, 11, 16, 14)), ("text", (7, 9, 16, 12, 16, 11, 16, 14))],
+)
+def test_splitting_a_batch_into_micro_batches_changes_neither_loss_nor_gradients(tiny, modality, valid):
+    method, batch = tiny(8, 2, modality=modality, valid=valid)
     randomised(method.double())
-    view = batch.views[0]._replace(x=batch.views[0].x.double())
+    batch = wide(batch)
+    if valid:
+        method.decoder.noise = 0.0  # a sample's noise depends on how long its batch is
+    terms = float(method.terms(batch))
+    assert terms == 2 * (8 * 12 if modality == "vision" else sum(n - n // 2 for n in valid or [16] * 8))
 
     def step(size):
         method.zero_grad()
-        total = 0.0
+        total, lengths = 0.0, set()
         for first in range(0, 8, size):
-            rows = slice(first, first + size)
-            part = View(view.x[rows], "vision", mask=Mask.of(view.mask.hidden[2 * first : 2 * (first + size)]))
-            losses = method(batch._replace(views=[part], index=batch.index[rows], keys=batch.keys[rows]), Clock()).losses
-            loss = sum(losses.values()) * size / 8
+            micro = part(batch, slice(first, first + size))
+            lengths.add(micro.views[0].mask.hidden.shape[1])
+            loss = sum(method(micro, Clock()).losses.values()) * method.terms(micro) / terms
             loss.backward()
             total += float(loss.detach())
-        return torch.tensor(total), [p.grad.clone() for p in method.parameters()]
+        return torch.tensor(total), [p.grad.clone() for p in method.parameters()], lengths
 
-    whole = step(8)
+    *whole, _ = step(8)
     for size in (1, 2):
-        assert_close(step(size), whole, rtol=1e-9, atol=1e-11)
+        *found, lengths = step(size)
+        assert_close(found, whole, rtol=1e-9, atol=1e-11)
+        assert (len(lengths) > 1) == bool(valid)  # some were cut, down to samples without padding
 
 
 # Masks -----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_lies_under_the_mask_cannot_be_seen(tiny):
-    method, batch = tiny(samples=3, copies=1)
-    encoder, mask = method.student.encoder, batch.views[0].mask
-    features = encoder.features(batch.views[0].x)
-    before = encoder.contextualize(features, mask)
-    after = encoder.contextualize(torch.where(mask.hidden[..., None], torch.full_like(features, math.nan), features), mask)
-    exact(after.tokens, before.tokens)
-    exact(after.cls, before.cls)
+@PADDED
+def test_what_lies_under_the_mask_cannot_be_seen(tiny, modality, valid):
+    method, batch = tiny(copies=1, modality=modality, valid=valid)
+    encoder, (view,) = method.student.encoder, batch.views
+    features = encoder.features(view.x)
+    before = encoder.contextualize(features, view.mask, pad=view.pad)
+    for foreign in (math.nan, 1e4):
+        spoilt = torch.where(view.mask.hidden[..., None], torch.full_like(features, foreign), features)
+        after = encoder.contextualize(spoilt, view.mask, pad=view.pad)
+        exact(after.tokens, before.tokens)
+        exact(after.cls, before.cls)
 
 
-def test_the_order_of_visible_tokens_does_not_matter(tiny):
-    method, batch = tiny()
+@PADDED
+def test_the_order_of_visible_tokens_does_not_matter(tiny, modality, valid):
+    method, batch = tiny(modality=modality, valid=valid)
     randomised(method.double())
-    mask, features = batch.views[0].mask, method.student.encoder.features(batch.views[0].x.double())
-    shuffled = mask.keep[:, [2, 0, 3, 1]]
-    hidden = torch.stack([row.nonzero().flatten() for row in mask.hidden])
-    other = Mask(mask.hidden, shuffled, torch.cat([shuffled, hidden], 1).argsort(1))
+    (view,) = wide(batch).views
+    mask, features = view.mask, method.student.encoder.features(view.x)
+    shuffled = mask.keep[:, torch.randperm(mask.keep.shape[1], generator=generator("order"))]
+    seen = torch.zeros_like(mask.hidden).scatter_(1, mask.keep, True)
+    rest = torch.stack([(~row).nonzero().flatten() for row in seen])
+    other = Mask(mask.hidden, shuffled, torch.cat([shuffled, rest], 1).argsort(1))
     first, second = (
-        method.decoder(method.student.encoder.contextualize(features, m).tokens, m, batch.keys) for m in (mask, other)
+        method.decoder(method.student.encoder.contextualize(features, m, pad=view.pad).tokens, m, batch.keys, view.pad)
+        for m in (mask, other)
     )
-    assert_close(first, second, rtol=1e-9, atol=1e-11)
+    valid = torch.ones(3, 16, dtype=torch.bool) if view.pad is None else ~view.pad
+    valid = valid.repeat_interleave(4, 0)
+    assert_close(first[valid], second[valid], rtol=1e-9, atol=1e-11)
 
 
 def test_the_decoder_starts_from_visible_tokens_and_keyed_noise(tiny):
@@ -211,50 +306,75 @@ def test_the_decoder_starts_from_visible_tokens_and_keyed_noise(tiny):
 # Teacher ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_starts_as_an_exact_copy_with_memory_of_its_own(tiny):
-    method, batch = tiny()
-    view = View(batch.views[0].x, "vision")
-    student, teacher = (net.encoder(view, collect="ffn") for net in (method.student, method.teacher))
-    exact(student.layers, teacher.layers)
-    exact(dict(method.teacher.network.state_dict()), dict(method.student.state_dict()))
-    own = {t.data_ptr() for t in method.teacher.network.state_dict().values()}
-    assert not own & {t.data_ptr() for t in method.student.state_dict().values()}
+@PADDED
+def test_the_teacher_starts_as_an_exact_copy_with_memory_of_its_own(tiny, modality, valid):
+    method, batch = tiny(modality=modality, valid=valid)
+    view = batch.views[0]._replace(mask=None)
+    with torch.no_grad():  # attention has another kernel for biases that need a gradient
+        features = method.student.encoder.features(view.x)
+        exact(method.teacher.encode(view, features, "ffn").layers, method.student.encoder(view, collect="ffn").layers)
+    teacher, student = method.teacher.network.state_dict(), method.student.state_dict()
+    exact(dict(teacher), {name: student[name] for name in teacher})
+    missing = {name for name in student if name not in teacher}
+    assert missing == (set() if modality == "vision" else {n for n in student if n.startswith("encoder.features.")})
+    assert not {t.data_ptr() for t in teacher.values()} & {t.data_ptr() for t in student.values()}
 
 
-def test_no_gradient_reaches_the_teacher_or_flows_through_the_targets(tiny):
-    method, batch = tiny()
-    view = batch.views[0]._replace(x=batch.views[0].x.clone().requires_grad_())
+@MODALITIES
+def test_no_gradient_reaches_the_teacher_or_flows_through_the_targets(tiny, modality):
+    method, batch = tiny(modality=modality)
+    randomised(method.double())
+    batch = wide(batch)
+    (view,) = batch.views
     teacher = list(method.teacher.network.parameters())
     assert not any(p.requires_grad for p in teacher)
     assert not {id(p) for p in teacher} & {id(p) for p in method.parameters()}
-    sum(method(batch._replace(views=[view]), Clock()).losses.values()).backward()
+    sum(method(batch, Clock()).losses.values()).backward()
     assert all(p.grad is None for p in teacher)
-    target = targets(method, View(view.x.detach(), "vision"))
+    with torch.no_grad():
+        target = targets(method, view)
     out = method.student.encoder(view, view.mask)
-    loss = data2vec_regression(method.decoder(out.tokens, view.mask, batch.keys), target, view.mask)
-    loss = loss + 2.56 * data2vec_regression(out.cls, target.mean(1))
-    (wanted,) = torch.autograd.grad(loss, view.x)
-    assert_close(view.x.grad, wanted, rtol=1e-4, atol=1e-5)
+    loss = data2vec_regression(method.decoder(out.tokens, view.mask, batch.keys), target, view.mask, method.loss_scale)
+    if modality == "vision":
+        loss = loss + 2.56 * data2vec_regression(out.cls, target.mean(1))
+    wanted = torch.autograd.grad(loss, list(method.parameters()))
+    assert_close([p.grad for p in method.parameters()], list(wanted), rtol=1e-9, atol=1e-11)
 
 
-def test_the_teacher_is_deterministic_in_training(tiny):
-    method, batch = tiny(dropout=0.1, attention_dropout=0.1, drop_path=0.3)
+@MODALITIES
+def test_the_teacher_is_deterministic_in_training(tiny, modality):
+    torch.manual_seed(0)
+    shares = {"dropout": 0.1, "attention_dropout": 0.1, "input_dropout": 0.1, "layer_drop": 0.05, "drop_path": 0.3}
+    method, batch = tiny(modality=modality, **shares)
     method.train()
-    view = View(batch.views[0].x, "vision")
     assert method.student.training
-    exact(targets(method, view), targets(method, view))
-    student = [method.student.encoder(view).tokens for _ in range(2)]
+    assert not any(module.training for module in method.teacher.network.modules())
+    view = batch.views[0]
+    features = method.student.encoder.features(view.x)
+    layers = [method.teacher.encode(view, features, "ffn").layers for _ in range(2)]
+    exact(*layers)
+    student = [method.student.encoder.contextualize(features).tokens for _ in range(2)]
     assert not torch.equal(*student)
+    again = method.student.encoder.features(view.x)
+    assert torch.equal(again, features) == (modality != "text")  # whose shared features come with dropout
 
 
-def test_the_student_does_not_move_targets_within_a_step(tiny):
-    method, batch = tiny()
+@MODALITIES
+def test_the_student_moves_targets_within_a_step_only_through_features_that_it_shares(tiny, modality):
+    method, batch = tiny(modality=modality)
     before = targets(method, batch.views[0])
-    for parameter in method.parameters():
+    local = set(method.student.encoder.features.parameters())
+    for parameter in set(method.parameters()) - local:
         parameter.data += 1.0
     exact(targets(method, batch.views[0]), before)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in method.student.encoder.features.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=draw)
+    assert torch.equal(targets(method, batch.views[0]), before) == (modality == "vision")
+    method.teacher.momentum = constant(0.5)
+    moved = targets(method, batch.views[0])
     method.after_step(Clock(1))
-    assert not torch.equal(targets(method, batch.views[0]), before)
+    assert not torch.equal(targets(method, batch.views[0]), moved)
 
 
 def test_after_a_step_the_teacher_is_the_formula(tiny):
@@ -286,12 +406,16 @@ def test_fixed_tensors_are_copied_and_not_averaged():
     assert_close(teacher.network.encoder.weight, 0.9 * before + 0.3)
 
 
-def test_a_momentum_of_one_freezes_the_teacher(tiny):
-    method, _ = tiny()
-    method.teacher.momentum = constant(1.0)
+def test_the_teacher_of_speech_large_stands_still_for_the_second_half(tiny):
+    method, _ = tiny(modality="speech")
+    method.teacher.momentum = Recipe.load("speech/data2vec2-large").method.momentum
+    randomised(method)
     before = [t.clone() for t in method.teacher.network.state_dict().values()]
-    randomised(method).after_step(Clock(1))
-    exact(list(method.teacher.network.state_dict().values()), before)
+    for step in (300_000, 300_001, 600_000):
+        method.after_step(Clock(step, 600_000))
+        exact(list(method.teacher.network.state_dict().values()), before)
+    method.after_step(Clock(1, 600_000))
+    assert not torch.equal(next(iter(method.teacher.network.state_dict().values())), before[0])
 
 
 def test_the_average_is_kept_in_fp32():
@@ -339,9 +463,11 @@ def test_restarting_makes_the_teacher_the_student_again(tiny):
 # Gradients -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls_weight", [0.0, 2.56])
-def test_every_trained_weight_gets_a_gradient_and_visible_places_get_none(tiny, monkeypatch, cls_weight):
-    method, batch = tiny(cls_weight=cls_weight)
+@pytest.mark.parametrize(
+    ("modality", "options"), [("vision", {}), ("vision", {"cls_weight": 0.0}), ("speech", {}), ("text", {})]
+)
+def test_every_trained_weight_gets_a_gradient_and_visible_places_get_none(tiny, monkeypatch, modality, options):
+    method, batch = tiny(modality=modality, options=options)
     rebuilt, noise = [], []
     method.decoder.register_forward_hook(lambda _, args, out: (out.retain_grad(), rebuilt.append(out))[0])
     draw = decoder_module.random.normal
@@ -349,28 +475,52 @@ def test_every_trained_weight_gets_a_gradient_and_visible_places_get_none(tiny, 
     sum(method(batch, Clock()).losses.values()).backward()
     for name, parameter in method.named_parameters():
         assert float(parameter.grad.abs().sum()) > 0, name
+    if modality == "speech":
+        assert bool((method.student.encoder.positions.bias.scale.grad != 0).all())
     hidden, gradient = batch.views[0].mask.hidden, rebuilt[0].grad
     assert float(gradient[~hidden].abs().max()) == 0
     assert float(gradient[hidden].abs().amin(0).sum()) > 0
     assert [n.requires_grad for n in noise] == [False]
 
 
-def test_health_is_measured_and_detached(tiny):
-    method, batch = tiny()
+def spread(rows):
+    return (rows.var(0) + 1e-6).sqrt().mean()
+
+
+@PADDED
+def test_health_is_measured_and_detached(tiny, modality, valid):
+    method, batch = tiny(modality=modality, valid=valid)
+    rebuilt = []
+    method.decoder.register_forward_hook(lambda _, args, out: rebuilt.append(out))
     out = method(batch, Clock())
-    target, hidden = targets(method, batch.views[0]), batch.views[0].mask.hidden
-    chosen = target.repeat_interleave(4, 0)[hidden]
-    assert_close(out.health["target_std"], (chosen.var(0) + 1e-6).sqrt().mean(), rtol=1e-5, atol=1e-6)
-    assert set(out.health) == {"target_std", "prediction_std", "feature_std"}
+    (view,), encoder = batch.views, method.student.encoder
+    hidden = view.mask.hidden
+    pad = torch.zeros(3, 16, dtype=torch.bool) if view.pad is None else view.pad
+    kept = ~hidden & ~pad.repeat_interleave(4, 0)
+    visible = encoder(view, view.mask)
+    tokens = [row[torch.isin(keep, own.nonzero())] for row, keep, own in zip(visible.tokens, view.mask.keep, kept)]
+    wanted = {
+        "target_std": spread(targets(method, view).repeat_interleave(4, 0)[hidden]),
+        "prediction_std": spread(rebuilt[0][hidden]),
+        "feature_std": spread(encoder.features(view.x)[~pad]),
+        "encoder_std": spread(torch.cat(tokens)),
+        "masked_share": hidden.sum() / (4 * (~pad).sum()),
+    }
+    assert_close(out.health, wanted, rtol=1e-5, atol=1e-6, check_dtype=False)
     assert not any(value.requires_grad for value in [*out.health.values(), out.embedding])
-    assert out.embedding.shape == (3, 16)
+    means = torch.stack([row.mean(0) for row in tokens])
+    assert_close(out.embedding, means.view(3, 4, 16).mean(1).detach())
 
 
 def test_impossible_options_are_refused_by_name(tiny):
     with pytest.raises(ValueError, match=r"^top_k: 4 layers"):
         tiny(top_k=4)
-    with pytest.raises(ValueError, match=r"^cls_weight: "):
+    with pytest.raises(ValueError, match=r"^cls_weight: needs model\.extra_tokens"):
         tiny(extra_tokens=0)
+    with pytest.raises(ValueError, match=r"^cls_weight: needs final_norm=layer"):
+        tiny(options={"final_norm": "none"})
+    with pytest.raises(ValueError, match=r"^cls_weight: -1"):
+        tiny(cls_weight=-1)
     method, batch = tiny()
     with pytest.raises(ValueError, match=r"^views\.mask: "):
         method(batch._replace(views=[batch.views[0]._replace(mask=None)]), Clock())

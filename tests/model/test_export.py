@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from mmssl.config import Recipe
 from mmssl.errors import RecipeError
 from mmssl.hub.export import export_encoder, load_encoder, load_weights
 from mmssl.hub.flatten import flatten
@@ -16,8 +18,11 @@ from mmssl.model.modeling import MmsslModel
 from mmssl.training.objective import Objective
 from mmssl.training.state import model_state
 from mmssl.types import View
+from modalities.text.tokenizer import train
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+WAVES = torch.randn(2, 6000, generator=torch.Generator().manual_seed(2))
+SAMPLES = (torch.arange(6000) < torch.tensor([[6000], [4000]])).long()
 
 # What a stranger's machine lacks cannot be found there either: the finder says so instead of finding.
 STRANGER = """
@@ -35,11 +40,14 @@ importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0]
 import torch
 from transformers import AutoModel
 torch.set_num_threads(1)  # as in the tests, so that sums have the same order
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-with torch.no_grad():
-    out = model(pixel_values=torch.load(sys.argv[2], weights_only=True), output_hidden_states=True)
-torch.save([out.last_hidden_state, out.pooler_output, *out.hidden_states], sys.argv[3])
-assert type(model).__module__.startswith("transformers_modules."), type(model)
+for folder, given, found in zip(*[iter(sys.argv[1:])] * 3):
+    model, outs = AutoModel.from_pretrained(folder, trust_remote_code=True).eval(), []
+    for inputs in torch.load(given, weights_only=True):
+        with torch.no_grad():
+            out = model(**inputs, output_hidden_states=True)
+        outs.append([out.last_hidden_state, out.pooler_output, *out.hidden_states])
+    torch.save(outs, found)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert not LACKS & {name.split(".")[0] for name in sys.modules}
 """
 
@@ -77,10 +85,47 @@ def exported(tiny_recipe, objective, tmp_path):
     return export
 
 
+@pytest.fixture
+def run(tmp_path):
+    """Function: modality, overrides -> recipe and objective whose student and teacher have drifted apart."""
+
+    def build(modality, *overrides):
+        shape = "hidden_size: 16, depth: 2, heads: 2, extra_tokens: 0, norm_eps: 1.0e-5"
+        if modality == "speech":
+            model, views = f"{{{shape}, conv_channels: 8, position_groups: 4}}", "{mask: {copies: 2}}"
+        else:
+            train(["the quick brown fox jumps over the lazy dog"] * 20, "bpe", 60, tmp_path / "tokenizer")
+            model, views = f"{{{shape}, max_tokens: 32}}", f"{{tokenizer: {tmp_path / 'tokenizer'}, mask: {{copies: 2}}}}"
+        path = tmp_path / f"{modality}.yaml"
+        path.write_text(
+            f"data: {{path: null, modality: {modality}}}\nmodel: {model}\nviews: {views}\ntrain: {{steps: 2}}\n"
+            "method: {name: data2vec2, top_k: 2, cls_weight: 0, final_norm: none, teacher_features: share, "
+            "decoder: {dim: 16, groups: 4, kernel: 3, layers: 1}}\n"
+        )
+        recipe = Recipe.load(path, f"out={tmp_path / 'run'}", *overrides)
+        objective, draw = Objective(recipe.build()), torch.Generator().manual_seed(1)
+        for parameter in objective.method.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
+        return recipe, objective
+
+    return build
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Function: recipe, objective, which -> exported folder."""
+
+    def export(recipe, objective, which=None):
+        place = tmp_path / f"{recipe.data.modality}-{which}"
+        return export_encoder(recipe, recipe.build_views(), model_state(objective), place, which)
+
+    return export
+
+
 def outputs(encoder):
     """Last hidden state with extra tokens, mean pool and blocks, from the parts of an encoder."""
     with torch.no_grad():
-        tokens, layers = encoder.transformer(encoder.positions(encoder.features(X)), "block")
+        tokens, layers = encoder.transformer(encoder.positions(encoder.features(X))[0], "block")
     return [tokens, tokens[:, 1:].mean(1), *layers]
 
 
@@ -92,19 +137,28 @@ def start(folder, code, *arguments):
     return subprocess.Popen(words, cwd=folder, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_strangers_and_friends_load_an_exported_folder(exported, objective, tmp_path):
-    folder = exported()
-    torch.save(X, tmp_path / "x.pt")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    running = [start(elsewhere, STRANGER, folder, tmp_path / "x.pt", tmp_path / "out.pt")]
-    running += [start(elsewhere, KNOWS.format(imports=imports), folder) for imports in ORDERS]
+@torch.no_grad()
+def test_strangers_and_friends_load_an_exported_folder(exported, objective, run, folder, tmp_path):
+    images, (recipe, heard) = exported(), run("speech")
+    sounds = folder(recipe, heard)
+    torch.save([{"pixel_values": X}], tmp_path / "images.pt")
+    torch.save([{"input_values": WAVES}, {"input_values": WAVES, "attention_mask": SAMPLES}], tmp_path / "sounds.pt")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    files = [tmp_path / name for name in ("images.pt", "images.out", "sounds.pt", "sounds.out")]
+    running = [start(elsewhere, STRANGER, images, *files[:2], sounds, *files[2:])]
+    running += [start(elsewhere, KNOWS.format(imports=imports), images) for imports in ORDERS]
     for process in running:
         told, _ = process.communicate(timeout=120)
         assert process.returncode == 0, told
-    assert_close(
-        torch.load(tmp_path / "out.pt", weights_only=True), outputs(objective.method.student.encoder), rtol=0, atol=1e-6
-    )
+    (seen,) = torch.load(files[1], weights_only=True)
+    assert_close(seen, outputs(objective.method.student.encoder), rtol=0, atol=1e-6)
+    encoder, pad = heard.method.student.encoder, torch.arange(18) >= torch.tensor([[18], [12]])
+    whole, padded = torch.load(files[3], weights_only=True)
+    for found, own in ((whole, None), (padded, pad)):
+        encoded = encoder(View(WAVES, "speech", own), collect="block")
+        assert_close(found, [encoded.tokens, encoder.pool(encoded), *encoded.layers], rtol=0, atol=1e-6)
+    alone = encoder(View(WAVES[1:, :4000], "speech"))
+    assert_close(padded[1][1:], encoder.pool(alone), rtol=0, atol=1e-4)
 
 
 def test_the_default_is_the_student_and_the_teacher_can_be_had(exported, objective):
@@ -196,3 +250,74 @@ def test_flattened_code_may_need_nothing_but_torch_and_transformers(tmp_path, mo
     monkeypatch.setitem(sys.modules, "scipy", sys)
     with pytest.raises(ValueError, match="strange_features imports scipy"):
         flatten("strange_features")
+
+
+# Speech and text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@torch.no_grad()
+def test_a_teacher_without_features_is_exported_with_those_of_the_student(run, folder, which):
+    recipe, objective = run("speech")
+    student, teacher = objective.method.student.encoder, objective.method.teacher.encoder
+    own = student if which == "student" else teacher
+    wanted = own.contextualize(student.features(WAVES)).tokens
+    other = (teacher if which == "student" else student).contextualize(student.features(WAVES)).tokens
+    assert not torch.allclose(wanted, other, atol=1e-2)
+    found = load_encoder(folder(recipe, objective, which))
+    assert type(found) is MmsslModel
+    assert_close(found(input_values=WAVES).last_hidden_state, wanted, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_speech_without_distances_is_a_data2vec_of_transformers(run, folder):
+    recipe, objective = run("speech", "model.alibi=false")
+    place = folder(recipe, objective)
+    theirs = transformers.AutoModel.from_pretrained(place).eval()
+    assert type(theirs) is transformers.Data2VecAudioModel
+    assert not (place / "modeling_mmssl.py").exists()
+    wanted = objective.method.student.encoder(View(WAVES, "speech")).tokens
+    assert_close(theirs(WAVES).last_hidden_state, wanted, rtol=0, atol=1e-5)
+    ours = load_encoder(place)
+    assert type(ours) is MmsslModel
+    assert_close(ours(input_values=WAVES).last_hidden_state, wanted, rtol=0, atol=1e-5)
+    prepared = transformers.AutoFeatureExtractor.from_pretrained(place)(
+        [WAVES[0].numpy(), WAVES[1, :4000].numpy()], sampling_rate=16_000, padding=True, return_tensors="pt"
+    )
+    assert prepared["attention_mask"].sum(1).tolist() == [6000, 4000]
+    assert ours(**prepared).last_hidden_state.shape == (2, 18, 16)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@torch.no_grad()
+def test_text_is_a_roberta_that_needs_no_code_of_ours(run, folder, which):
+    recipe, objective = run("text")
+    place = folder(recipe, objective, which)
+    theirs = transformers.AutoModel.from_pretrained(place, trust_remote_code=False).eval()
+    assert type(theirs) is transformers.RobertaModel
+    assert not (place / "modeling_mmssl.py").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    given = tokenizer(["the quick brown fox jumps", "the dog"], padding=True, return_tensors="pt")
+    valid = given["attention_mask"].bool()
+    assert not valid.all()
+    student, teacher = objective.method.student.encoder, objective.method.teacher.encoder
+    features = student.eval().features(given["input_ids"])
+    wanted = (student if which == "student" else teacher).contextualize(features, pad=~valid)
+    assert_close(theirs(**given).last_hidden_state[valid], wanted.tokens[valid], rtol=0, atol=1e-5)
+    ours = load_encoder(place)
+    assert type(ours) is MmsslModel
+    found = ours(**given)
+    assert_close(found.last_hidden_state[valid], wanted.tokens[valid], rtol=0, atol=1e-5)
+    assert_close(found.pooler_output, student.pool(wanted), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modality", "overrides"), [("speech", ()), ("speech", ("model.alibi=false",)), ("text", ()), ("text", ("model.norm=pre",))]
+)
+@torch.no_grad()
+def test_a_folder_of_any_modality_starts_another_run(run, folder, modality, overrides):
+    recipe, objective = run(modality, *overrides)
+    fresh = recipe.build().student.encoder
+    load_weights(fresh, folder(recipe, objective))
+    found, wanted = fresh.state_dict(), objective.method.student.encoder.state_dict()
+    assert_close(dict(found), dict(wanted), rtol=0, atol=0)

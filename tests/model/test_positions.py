@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mmssl.model.positions import SinCos2d, take
+from mmssl.model.positions import Alibi, ConvPositions, RelativeBias, SinCos2d, attention_bias, slopes, take, take_pad
 from mmssl.types import Mask
 
 
@@ -36,11 +37,11 @@ def test_columns_change_the_first_half_of_the_channels_and_rows_the_second():
 def test_positions_are_added_before_tokens_are_hidden_and_once_per_sample():
     positions, tokens = SinCos2d(8, (2, 3)), torch.randn(2, 6, 8)
     mask = Mask.of(torch.tensor([[c == "x" for c in row] for row in ("xx.x.x", ".xxxx.", "..xxxx", "x.x.xx")]))
-    found = positions(tokens, mask)
+    found, _ = positions(tokens, mask)
     for row, kept in enumerate([(2, 4), (0, 5), (0, 1), (1, 3)]):
         for place, position in enumerate(kept):
             assert_close(found[row, place], tokens[row // 2, position] + positions.table[0, position], rtol=0, atol=0)
-    assert_close(positions(tokens), tokens + positions.table, rtol=0, atol=0)
+    assert_close(positions(tokens)[0], tokens + positions.table, rtol=0, atol=0)
     assert take(tokens, None) is tokens
 
 
@@ -53,3 +54,144 @@ def test_positions_are_saved_but_not_trained():
 def test_a_width_that_cannot_be_quartered_is_refused():
     with pytest.raises(ValueError, match="hidden_size: 6 is not"):
         SinCos2d(6, (2, 2))
+
+
+# Biases of the attention -----------------------------------------------------------------------------------------------
+
+
+def test_slopes_are_powers_of_two_and_those_between():
+    twelve = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.707107, 0.353553, 0.176777, 0.088388]
+    assert slopes(12, torch.zeros(())).tolist() == pytest.approx(twelve, abs=5e-7)
+    assert slopes(16, torch.zeros(())).tolist() == pytest.approx([2 ** (-i / 2) for i in range(1, 17)])
+    assert slopes(1, torch.zeros(())).tolist() == [2**-8]
+    assert slopes(3, torch.zeros(())).tolist() == pytest.approx([2**-4, 2**-8, 2**-2])
+
+
+def test_a_bias_falls_with_the_distance_on_the_original_timeline():
+    alibi = Alibi(12)
+    whole, keep = alibi(12), torch.tensor([[0, 3, 10], [3, 4, 11]])
+    assert whole.shape == (1, 12, 12, 12)
+    for i in range(12):
+        for j in range(12):
+            assert_close(whole[0, :, i, j], -slopes(12, whole) * abs(i - j))
+    kept = alibi(12, keep)
+    assert kept.shape == (2, 12, 3, 3)
+    assert_close(kept[0, :, 1, 2], -7 * slopes(12, whole))  # places 3 and 10
+    for row in range(2):
+        assert_close(kept[row], whole[0][:, keep[row]][:, :, keep[row]], rtol=0, atol=0)
+
+
+def test_the_learned_scale_multiplies_each_head_and_does_not_fall_below_zero():
+    alibi = Alibi(4)
+    alibi.scale.data = torch.tensor([2.0, 0.0, -3.0, 0.5])
+    found = alibi(5)[0]
+    assert_close(found[:, 0, 4], -4 * slopes(4, found) * torch.tensor([2.0, 0.0, 0.0, 0.5]))
+
+
+def test_extra_tokens_have_no_distance():
+    found = Alibi(4, extra=2)(5, torch.tensor([[1, 4]]))
+    assert found.shape == (1, 4, 4, 4)
+    assert found[..., :2, :].abs().max() == found[..., :, :2].abs().max() == 0
+    assert_close(found[0, :, 2, 3], -3 * slopes(4, found))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_distances_are_exact_in_a_model_of_low_precision(dtype):
+    found = Alibi(12).to(dtype)(999)
+    assert found.dtype == torch.float32
+    assert_close(found, Alibi(12)(999), rtol=0, atol=0)
+
+
+def test_relative_biases_are_looked_up_by_rows_and_columns_apart():
+    bias, tokens = RelativeBias((2, 3), heads=2, extra=1), torch.zeros(2, 6, 4)
+    bias.table.weight.data = torch.arange(18 * 2.0).view(18, 2)  # 3 * 5 pairs, and three for the extra token
+    _, found = bias(tokens)
+    for i in range(6):
+        for j in range(6):
+            entry = (i // 3 - j // 3 + 1) * 5 + i % 3 - j % 3 + 2
+            assert found[0, :, 1 + i, 1 + j].tolist() == [2 * entry, 2 * entry + 1]
+    assert found[0, 0, 0, 1:].tolist() == [30] * 6  # from the extra token
+    assert found[0, 0, 1:, 0].tolist() == [32] * 6  # towards it
+    assert found[0, 0, 0, 0] == 34
+    mask = Mask.of(torch.tensor([[c == "x" for c in row] for row in ("xx.x.x", ".xxxx.")]))
+    kept, some = bias(tokens, mask)
+    assert kept.shape == (2, 2, 4)
+    for row, places in enumerate([(0, 3, 5), (0, 1, 6)]):
+        assert_close(some[row], found[0][:, places][:, :, places], rtol=0, atol=0)
+    assert RelativeBias((2, 3), 2, extra=0)(tokens)[1].shape == (1, 2, 6, 6)
+    with pytest.raises(ValueError, match=r"^extra_tokens: 2"):
+        RelativeBias((2, 3), 2, extra=2)
+
+
+def test_padding_is_hidden_as_a_key_and_extra_tokens_never_are():
+    pad = torch.tensor([[False, False, True], [False, True, True]])
+    assert attention_bias(None, None, 1) is None
+    attend = attention_bias(None, pad, 1)
+    assert attend.tolist() == [[[[True, True, True, False]]], [[[True, True, False, False]]]]
+    bias = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    added = attention_bias(bias, pad, 1)
+    assert added.shape == (2, 2, 4, 4)
+    for row in range(2):
+        hide = ~attend[row, 0, 0]
+        assert bool((added[row][..., hide] == -math.inf).all())
+        assert_close(added[row][..., ~hide], bias[0][..., ~hide], rtol=0, atol=0)
+    assert take_pad(None, None) is None
+    pad = torch.tensor([[False] * 4, [False, False, True, True]])
+    mask = Mask.of(torch.tensor([[c == "x" for c in row] for row in (".xx.", "x...", "x...", ".x..")])[[0, 0, 2, 3]], pad)
+    assert take_pad(pad, mask).tolist() == [[False, False], [False, False], [False, True], [False, True]]
+
+
+# Convolutional positions -----------------------------------------------------------------------------------------------
+
+
+def stack(positions, x):
+    """The code of one row (L, D), a frame at a time."""
+    for conv in positions.convs:
+        kernel, out = conv.kernel_size[0], []
+        padded = F.pad(x, (0, 0, kernel // 2, kernel // 2))
+        group, width = conv.weight.shape[1], conv.weight.shape[0] // conv.groups
+        for frame in range(len(x)):
+            y = conv.bias.clone()
+            for channel in range(len(y)):
+                first = channel // width * group
+                y[channel] += (conv.weight[channel].T * padded[frame : frame + kernel, first : first + group]).sum()
+            y = (y - y.mean()) / (y.var(correction=0) + 1e-5).sqrt()
+            out.append(torch.tensor([float(v) * 0.5 * (1 + math.erf(float(v) / math.sqrt(2))) for v in y]))
+        x = torch.stack(out).double()
+    return x
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+@torch.no_grad()
+def test_conv_positions_see_masked_frames_as_zeros_and_are_added_to_what_is_kept(kernel):
+    torch.manual_seed(0)
+    positions = ConvPositions(6, 2, kernel, 2, Alibi(3)).double()
+    tokens, hidden = torch.randn(2, 7, 6).double(), torch.rand(4, 7).argsort(1) < 3
+    mask = Mask.of(hidden)
+    found, bias = positions(tokens, mask)
+    for row in range(4):
+        x, keep = tokens[row // 2], mask.keep[row]
+        wanted = (x + stack(positions, x.masked_fill(hidden[row, :, None], 0.0)))[keep]
+        assert_close(found[row], wanted, rtol=1e-5, atol=1e-6)
+        assert_close(bias[row], positions.bias(7)[0][:, keep][:, :, keep], rtol=0, atol=0)
+    whole, bias = positions(tokens)
+    assert_close(whole[1], tokens[1] + stack(positions, tokens[1]), rtol=1e-5, atol=1e-6)
+    assert bias.shape == (1, 3, 7, 7)
+
+
+@torch.no_grad()
+def test_conv_positions_do_not_depend_on_padding():
+    torch.manual_seed(0)
+    positions = ConvPositions(8, 5, 19, 4).double()
+    tokens = torch.randn(2, 40, 8).double()
+    pad = torch.arange(40) >= torch.tensor([[40], [25]])
+    found, bias = positions(tokens, None, pad)
+    assert bias is None
+    assert_close(found[1, :25], positions(tokens[1:, :25])[0][0], rtol=1e-10, atol=1e-12)
+    refilled = positions(tokens.masked_fill(pad[..., None], 0.0))[0]  # zeroed before the first layer only
+    assert float((refilled[1, :25] - found[1, :25]).abs().max()) > 0.1
+    hidden = torch.zeros(4, 40, dtype=torch.bool)
+    hidden[:, 3:9] = True
+    kept, _ = positions(tokens, Mask.of(hidden, pad), pad)
+    alone, _ = positions(tokens[1:, :25], Mask.of(hidden[2:, :25]))
+    assert_close(kept[2:, :19], alone, rtol=1e-10, atol=1e-12)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 from transformers import ViTConfig
@@ -10,6 +11,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from mmssl.model.attention import Attention
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
+from mmssl.model.positions import Alibi
 from mmssl.model.transformer import Block, DropPath, Transformer
 
 
@@ -38,8 +40,8 @@ def norm(layer, x):
     return (x - mean) / math.sqrt(variance + layer.eps) * layer.weight + layer.bias
 
 
-def attention(layer, rows):
-    """Explicit softmax over all tokens of one sample; rows: list of vectors."""
+def attention(layer, rows, bias=None):
+    """Explicit softmax over all tokens of one sample; rows: list of vectors; bias: (H, L, L) of numbers."""
     dim, size = len(rows[0]), len(rows[0]) // layer.heads
     mixed = [linear(layer.qkv, row) for row in rows]
     q, k, v = ([m[i * dim : (i + 1) * dim] for m in mixed] for i in range(3))
@@ -48,7 +50,8 @@ def attention(layer, rows):
         heads = []
         for h in range(layer.heads):
             part = slice(h * size, (h + 1) * size)
-            weights = [math.exp(float(q[i][part] @ k[j][part]) / math.sqrt(size)) for j in range(len(rows))]
+            logits = [float(q[i][part] @ k[j][part]) / math.sqrt(size) for j in range(len(rows))]
+            weights = [math.exp(x + (0.0 if bias is None else float(bias[h, i, j]))) for j, x in enumerate(logits)]
             heads.append(sum(w * v[j][part] for j, w in enumerate(weights)) / sum(weights))
         out.append(linear(layer.proj, torch.cat(heads)))
     return out
@@ -77,6 +80,56 @@ def test_attention_is_an_explicit_softmax():
     layer, x = randomised(Attention(12, 3)), tokens(2, 5, 12)
     wanted = torch.stack([torch.stack(attention(layer, list(sample))) for sample in x])
     assert_close(layer(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_bias_is_added_to_the_logits_of_its_head_and_false_hides():
+    layer, x, bias = randomised(Attention(12, 3)), tokens(2, 5, 12), tokens(2, 3, 5, 5)
+    wanted = torch.stack([torch.stack(attention(layer, list(sample), own)) for sample, own in zip(x, bias)])
+    assert_close(layer(x, bias), wanted, rtol=1e-10, atol=1e-12)
+    attend = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    attend[1, ..., 3:] = False
+    found = layer(x, attend)
+    assert_close(found[0], layer(x)[0], rtol=1e-10, atol=1e-12)
+    assert_close(found[1, :3], layer(x[1:, :3])[0], rtol=1e-10, atol=1e-12)
+    added = torch.zeros(2, 1, 1, 5, dtype=torch.float64).masked_fill(~attend, -math.inf)
+    assert_close(layer(x, added), found, rtol=1e-10, atol=1e-12)
+
+
+def test_under_autocast_attention_with_distances_is_computed_in_fp32(monkeypatch):
+    torch.manual_seed(0)
+    layer, x, seen = Attention(64, 4), torch.randn(1, 600, 64), []
+    bias = Alibi(4)(600).detach()
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: seen.append((a, attend(*a))) or seen[-1][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, bias)
+    (arguments, found) = seen[0]
+    q, k, v, given = (t.detach().double() for t in arguments[:4])
+    assert out.dtype == torch.bfloat16
+    assert_close(given, bias.double(), rtol=0, atol=0)  # bf16 has no 511
+    logits = q @ k.transpose(-1, -2) / 4 + bias.double()
+    error = float((found.detach().double() - logits.softmax(-1) @ v).abs().max())
+    low = (q @ k.transpose(-1, -2) / 4 + bias.bfloat16().double()).bfloat16().double().softmax(-1) @ v
+    assert error < 1e-5
+    assert float((low - logits.softmax(-1) @ v).abs().max()) > 100 * error  # where bf16 logits would lead
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert seen[1][0][0].dtype == torch.bfloat16  # without distances it stays fast
+
+
+@pytest.mark.parametrize("kind", ["post", "pre"])
+def test_layer_scale_multiplies_both_branches(kind):
+    block, x = randomised(Block(8, 2, 2.0, kind, layer_scale=0.1)), tokens(1, 3, 8)
+    twin = Block(8, 2, 2.0, kind).double()
+    twin.load_state_dict({n: t for n, t in block.state_dict().items() if not n.startswith("scale")})
+    for part, scale in ((twin.attn.proj, block.scale1.scale), (twin.mlp.fc2, block.scale2.scale)):
+        part.weight.data *= scale[:, None]
+        part.bias.data *= scale
+    assert_close(block(x)[0], twin(x)[0], rtol=1e-10, atol=1e-12)
+    assert_close(block(x)[1] * block.scale2.scale, twin(x)[1], rtol=1e-10, atol=1e-12)  # collected before it
+    fresh = Block(8, 2, layer_scale=0.1)
+    assert_close(fresh.scale1.scale.detach(), torch.full((8,), 0.1))
 
 
 @pytest.mark.parametrize("kind", ["post", "pre"])
@@ -152,6 +205,75 @@ def test_dropout_acts_in_training_and_spares_the_collected_output():
     assert not torch.allclose(moved, still)
 
 
+def dropping(share, depth=3):
+    """A transformer in training whose blocks are left out."""
+    return randomised(Transformer(8, depth, 2, prenet_depth=1, extra_tokens=0, layer_drop=share)).train()
+
+
+def test_a_block_is_left_out_in_training_with_its_probability():
+    torch.manual_seed(0)
+    net, x = dropping(0.25), tokens(1, 3, 8)
+    prenet = net.prenet[0](net.input_norm(x))[0]
+    left_out = 0
+    for _ in range(1000):
+        before = prenet
+        for layer in net(x, "block")[1]:
+            left_out += bool(torch.equal(layer, before))
+            before = layer
+    assert abs(left_out / 3000 - 0.25) < 0.032  # 4 standard errors
+    outs = {float(net(x)[0].detach()[0, 0, 0]) for _ in range(200)}
+    assert len(outs) == 8  # each subset of three blocks
+
+
+def test_a_block_that_is_left_out_has_zero_gradients_and_the_others_have_their_own():
+    net, x = dropping(0.5, depth=8), tokens(1, 3, 8)
+    torch.manual_seed(1)
+    out, layers = net(x, "block")
+    before, kept = net.prenet[0](net.input_norm(x))[0], []
+    for layer in layers:
+        kept.append(not torch.equal(layer, before))
+        before = layer
+    assert 0 < sum(kept) < 8
+    (out * tokens(1, 3, 8)).sum().backward()
+    for block, used in zip(net.blocks, kept):
+        for name, parameter in block.named_parameters():
+            assert parameter.grad is not None
+            assert (float(parameter.grad.abs().sum()) > 0) == used, name
+    shallow = randomised(Transformer(8, sum(kept), 2, prenet_depth=1, extra_tokens=0))
+    own = {n: t for n, t in net.state_dict().items() if not n.startswith("blocks.")}
+    used = [block for block, flag in zip(net.blocks, kept) if flag]
+    own |= {f"blocks.{i}.{n}": t for i, block in enumerate(used) for n, t in block.state_dict().items()}
+    shallow.load_state_dict(own)
+    assert_close(out, shallow(x)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_no_block_is_left_out_in_evaluation():
+    net, x = dropping(0.9).eval(), tokens(1, 3, 8)
+    assert all(torch.equal(net(x)[0], net(x)[0]) for _ in range(5))
+    plain = randomised(Transformer(8, 3, 2, prenet_depth=1, extra_tokens=0))
+    plain.load_state_dict(net.state_dict())
+    assert_close(net(x)[0], plain(x)[0], rtol=0, atol=0)
+
+
+def test_dropout_of_the_input_acts_in_training_only():
+    torch.manual_seed(0)
+    net, x = randomised(Transformer(8, 1, 2, extra_tokens=0, input_dropout=0.5)), tokens(1, 400, 8)
+    seen = []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net(x)
+    net.train()(x)
+    dropped = seen[1] == 0
+    assert abs(float(dropped.double().mean()) - 0.5) < 0.04
+    assert_close(seen[1][~dropped], 2 * seen[0][~dropped], rtol=1e-12, atol=0)
+
+
+def test_features_that_come_normed_get_no_second_norm_unless_blocks_precede_the_trunk():
+    normed, prenet = Transformer(8, 1, 2, normed=True, input_dropout=0.5), Transformer(8, 1, 2, 1, normed=True)
+    assert isinstance(normed.input_norm, nn.Identity)
+    assert normed.input_dropout.p == 0
+    assert isinstance(prenet.input_norm, nn.LayerNorm)
+
+
 def test_attention_dropout_acts_in_training_only():
     torch.manual_seed(0)
     layer, x = randomised(Attention(8, 2, attention_dropout=0.5)), tokens(2, 5, 8)
@@ -171,6 +293,14 @@ def test_attention_dropout_acts_in_training_only():
         ({"hidden_size": 18, "heads": 2}, "^hidden_size: 18"),
         ({"image_size": 30}, "^image_size: 30 .* try model.image_size=16"),
         ({"channels": 4}, "^channels: 4"),
+        ({"layer_drop": 1.0}, r"^layer_drop: 1\.0"),
+        ({"input_dropout": -0.1}, r"^input_dropout: -0\.1"),
+        ({"modality": "speech", "conv_channels": 0}, "^conv_channels: 0"),
+        ({"modality": "speech", "position_layers": 0}, "^position_layers: 0"),
+        ({"modality": "speech", "position_groups": 3}, "^position_groups: 3 groups must divide hidden_size 16"),
+        ({"modality": "text"}, "^vocab_size: missing"),
+        ({"modality": "text", "vocab_size": 2}, "^vocab_size: 2"),
+        ({"modality": "text", "vocab_size": 9, "max_tokens": 2}, "^max_tokens: 2"),
     ],
 )
 def test_an_impossible_encoder_is_refused_by_the_name_of_the_option(options, words):

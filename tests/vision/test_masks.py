@@ -1,18 +1,20 @@
 import math
+import random
 
 import pytest
 import torch
 
 from mmssl.config import Recipe
+from mmssl.masks import blocks, cover
 from mmssl.random import generator
-from modalities.vision.masks import cover, inverse_blocks
+from modalities.vision.masks import rectangles
 
 BASE = ((14, 14), 0.8, 3, 0.07)
 LARGE = ((14, 14), 0.75, 3, 0.1)
 HUGE = ((16, 16), 0.75, 3, 0.1)
 
 
-def draws(setting, copies, *parts, inverse=True, make=inverse_blocks):
+def draws(setting, copies, *parts, inverse=True, make=blocks):
     grid, ratio, width, adjust = setting
     return make(grid, copies, ratio, width, adjust, generator(*parts), inverse)
 
@@ -81,12 +83,14 @@ def test_cells_are_removed_and_added_anywhere():
         assert bool(((found - expected).abs() < 6 * expected.sqrt() + 6).all())  # every cell as often as any other
 
 
-def test_visible_patches_lie_together():
-    def neighbours(state):  # share of pairs of adjacent cells in the same state
-        grid = state.view(-1, 14, 14)
-        same = [(grid[:, 1:] == grid[:, :-1]).float().mean(), (grid[..., 1:] == grid[..., :-1]).float().mean()]
-        return float(sum(same)) / 2
+def neighbours(state):
+    """Share of pairs of adjacent cells in the same state."""
+    grid = state.view(-1, 14, 14)
+    same = [(grid[:, 1:] == grid[:, :-1]).float().mean(), (grid[..., 1:] == grid[..., :-1]).float().mean()]
+    return float(sum(same)) / 2
 
+
+def test_visible_patches_lie_together():
     share = 39 / 196
     scattered = share**2 + (1 - share) ** 2  # 0.68
     found = neighbours(draws(BASE, 10_000, "clusters"))
@@ -115,7 +119,7 @@ def test_squares_are_squares_clamped_at_the_edge():
 
 def test_hiding_squares_is_the_other_mode():
     setting = ((14, 14), 0.6, 3, 0.1)
-    hidden, covered = (draws(setting, 500, "other", inverse=False, make=make) for make in (inverse_blocks, cover))
+    hidden, covered = (draws(setting, 500, "other", inverse=False, make=make) for make in (blocks, cover))
     assert set(hidden.sum(1).tolist()) == {math.floor(196 * 0.6)}
     # what is hidden agrees with the squares, except for cells that make the rows equal
     assert float((hidden == covered).float().mean()) > 0.85
@@ -124,4 +128,65 @@ def test_hiding_squares_is_the_other_mode():
 def test_masks_are_drawn_without_ambient_randomness():
     before = torch.get_rng_state()
     draws(BASE, 4, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Rectangles ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "hidden"),
+    [((14, 14), 0.6123, 120), ((14, 14), 0.05, 9), ((5, 9), 0.4, 18), ((4, 4), 0.6, 9), ((2, 2), 0.5, 2)],
+)
+def test_rectangles_hide_exactly_the_share_that_is_asked(grid, ratio, hidden):
+    found = rectangles(grid, 200, ratio, 16, 0.3, generator("share"))
+    assert (found.dtype, found.shape) == (torch.bool, (200, grid[0] * grid[1]))
+    assert set(found.sum(1).tolist()) == {hidden}
+
+
+@pytest.mark.parametrize("name", ["vision/data2vec1-base", "vision/data2vec1-large"])
+def test_the_shipped_recipes_hide_120_of_196_patches(name):
+    m = Recipe.load(name).views.mask
+    assert (m.kind, m.smallest, m.aspect, m.copies) == ("rectangle", 16, 0.3, 1)
+    assert math.floor(196 * m.ratio) == 120
+
+
+def authors(draw):
+    """Rows of one 14 x 14 mask of BEiT with 120 hidden patches, a cell at a time."""
+    hidden = set()
+    while len(hidden) < 120:
+        free, added = 120 - len(hidden), set()
+        for _ in range(10):
+            area, ratio = draw.uniform(16, free), math.exp(draw.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= 14 or width >= 14:
+                continue
+            top, left = draw.randint(0, 14 - height), draw.randint(0, 14 - width)
+            added = {(r, c) for r in range(top, top + height) for c in range(left, left + width)} - hidden
+            if 0 < len(added) <= free:
+                break
+            added = set()
+        if not added:
+            break
+        hidden |= added
+    clear = [(r, c) for r in range(14) for c in range(14) if (r, c) not in hidden]
+    hidden |= set(draw.sample(clear, 120 - len(hidden)))
+    return [[(r, c) in hidden for c in range(14)] for r in range(14)]
+
+
+def test_rectangles_lie_where_those_of_the_authors_do_and_are_as_compact():
+    draw = random.Random(0)
+    wanted = torch.tensor([authors(draw) for _ in range(1500)])
+    found = rectangles((14, 14), 1500, 0.6123, 16, 0.3, generator("authors")).view(-1, 14, 14)
+    assert abs(neighbours(found) - neighbours(wanted)) < 0.005
+    assert neighbours(found) > 0.85  # scattered patches would have 0.53
+    assert float((found.float().mean(0) - wanted.float().mean(0)).abs().max()) < 0.09  # 5 standard errors
+
+
+def test_rectangles_repeat_with_their_key_and_use_no_ambient_randomness():
+    before = torch.get_rng_state()
+    first, again, other = (rectangles((14, 14), 8, 0.6, 16, 0.3, generator(key)) for key in ("a", "a", "b"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(row.tolist()) for row in first}) == 8
     assert torch.equal(torch.get_rng_state(), before)

@@ -93,7 +93,7 @@ def test_a_view_is_the_box_resized_flipped_and_normalised():
 
 
 def test_a_view_depends_on_its_key_alone():
-    image, views = picture(), ImageViews(features(), mask=MaskOptions(0.5, 0.1, 2, 3))
+    image, views = picture(), ImageViews(features(), mask=MaskOptions(ratio=0.5, adjust=0.1, width=2, copies=3))
     one, same, other = views(image, drawn(1)), views(image, drawn(1)), views(image, drawn(2))
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -145,7 +145,7 @@ def test_one_mean_serves_all_channels():
 
 
 def test_collating_keeps_samples_in_order_and_their_masks_adjacent():
-    views = ImageViews(features(), mask=MaskOptions(0.5, 0.1, 2, 3))
+    views = ImageViews(features(), mask=MaskOptions(ratio=0.5, adjust=0.1, width=2, copies=3))
     samples = [views(picture(seed=i), drawn(i)) for i in range(4)]
     (view,) = views.collate(samples)
     assert (view.modality, view.copies, view.x.shape) == ("vision", 3, (4, 3, 32, 32))

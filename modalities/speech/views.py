@@ -1,0 +1,145 @@
+"""Waves to views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mmssl.masks import blocks, spans
+from mmssl.random import generator
+from mmssl.types import Mask, Rejected, View
+from modalities.speech.data import MAX_SECONDS, RATE
+
+EPS = 1e-5  # added to the variance
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Which frames to hide; the defaults are those of the audio base recipe of data2vec 2.0."""
+
+    kind: Literal["block", "span"] = "block"  # segments of data2vec 2, spans of wav2vec 2.0 and data2vec 1
+    ratio: float = 0.5  # of spans: the share that they would hide if they did not overlap
+    adjust: float = 0.05  # of blocks: share drawn in addition, since they overlap
+    width: int = 5  # frames of a segment or span
+    copies: int = 8
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+
+
+class SpeechViews:
+    """A random crop of a normalised wave. A batch is cut to its shortest member, then masks are drawn: nothing is padded.
+
+    `longest` and `shortest` are options in seconds and attributes in samples.
+    """
+
+    ragged = True  # updates differ in length
+
+    def __init__(
+        self,
+        features: Any,
+        longest: float = 20.0,
+        shortest: float = 2.0,
+        normalise: bool = True,
+        mask: MaskOptions | None = None,
+    ):
+        if not 0 <= shortest <= MAX_SECONDS:
+            raise ValueError(f"shortest: {shortest} s, must be between 0 and {MAX_SECONDS}")
+        if not shortest <= longest <= MAX_SECONDS:
+            raise ValueError(f"longest: {longest} s, must be between shortest={shortest:g} and {MAX_SECONDS}")
+        self.longest: Any = round(longest * RATE)
+        self.shortest = round(shortest * RATE)
+        self.frames, self.normalise, self.mask = features.frames, normalise, mask
+        if self.frames(self.longest) < 2:
+            raise ValueError(f"longest: {longest} s gives {self.frames(self.longest)} frames, at least 2 are needed")
+        if mask is not None:
+            self._check(mask, self.frames(self.shortest))
+
+    def _check(self, m: MaskOptions, frames: int) -> None:
+        """Whether masks can be drawn for so many frames, the fewest that a batch can have."""
+        fewest = f"the {frames} frames of a sample of shortest={self.shortest / RATE:g} s"
+        if frames < 2:
+            raise ValueError(f"shortest: {self.shortest / RATE:g} s gives {frames} frames; masks need at least 2: 0.045 s")
+        if not (0 < m.ratio < 1 and math.floor(frames * m.ratio) > 0):
+            raise ValueError(f"mask.ratio: {m.ratio} leaves none or all of {fewest} visible")
+        widest = frames if m.kind == "block" else frames - 1
+        if not 1 <= m.width <= widest:
+            raise ValueError(f"mask.width: {m.width}, must be between 1 and {widest}, which {fewest} have room for")
+        if not 1 <= m.copies <= 1024:
+            raise ValueError(f"mask.copies: {m.copies}, must be between 1 and 1024")
+        if not -1 < m.adjust < 1:
+            raise ValueError(f"mask.adjust: {m.adjust}, must be between -1 and 1")
+
+    def __call__(self, sample: Tensor, draw: Callable[[int], torch.Generator], length: int | None = None) -> dict[str, Tensor]:
+        """One crop.
+
+        Args:
+            sample: (n,) at 16 kHz.
+            length: samples of the crop; as many as there are, at most `longest`, if None.
+        Returns: x (length,) float, normalised over the whole sample; seed () int64, for what is drawn when it is collated.
+        Raises: Rejected if the sample is shorter than `length`, which its header gave, or without one than `shortest`.
+        """
+        if length is not None and len(sample) < length:
+            raise Rejected("truncated", f"the header promised {length} samples at 16 kHz or more, there are {len(sample)}")
+        if length is None and len(sample) < self.shortest:
+            seconds = f"{len(sample) / RATE:.2f} s, less than views.shortest={self.shortest / RATE:g}"
+            raise Rejected("too_short", seconds)
+        source = draw(0)
+        seed = torch.randint(2**63 - 1, (), generator=source)
+        crop = min(len(sample), self.longest) if length is None else length
+        return {"x": _crop(self._normalised(sample), crop, source), "seed": seed}
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
+        """Crop to the shortest, stack, draw masks; those of a sample stay adjacent.
+
+        Crop and masks of a sample depend on its own seed and on the common length; of span masks on the fewest hidden, too.
+        """
+        length = min(len(sample["x"]) for sample in samples)
+        seeds = [int(sample["seed"]) for sample in samples]
+        x = torch.stack([_crop(sample["x"], length, generator(seed, "crop")) for sample, seed in zip(samples, seeds)])
+        return [View(x, "speech", mask=None if self.mask is None else Mask.of(self._hidden(self.mask, length, seeds)))]
+
+    def _hidden(self, m: MaskOptions, length: int, seeds: Sequence[int]) -> Tensor:
+        """(M*B, L) bool, as many hidden in each row."""
+        frames = self.frames(length)
+        if m.kind == "block":
+            return torch.cat([blocks((frames,), m.copies, m.ratio, m.width, m.adjust, generator(s, "mask")) for s in seeds])
+        rows = [spans(frames, m.copies, m.ratio, m.width, generator(seed, "mask")) for seed in seeds]
+        fewest = min(int(row[0].sum()) for row in rows)
+        return torch.cat([_unmasked(row, fewest, generator(seed, "equal")) for row, seed in zip(rows, seeds)])
+
+    def plain(self, samples: Sequence[Tensor]) -> View:
+        """Whole samples, of longer ones the middle `longest`; zeros at the end up to the longest of the batch."""
+        waves = [_middle(self._normalised(sample), self.longest) for sample in samples]
+        frames = torch.tensor([self.frames(len(wave)) for wave in waves])
+        pad = torch.arange(int(frames.max())) >= frames[:, None]
+        x = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        return View(x, "speech", pad=pad if bool(pad.any()) else None)
+
+    def _normalised(self, sample: Tensor) -> Tensor:
+        """Mean 0 and variance 1 over the whole sample."""
+        if not self.normalise:
+            return sample
+        variance, mean = torch.var_mean(sample, correction=0)
+        return (sample - mean) / (variance + EPS).sqrt()
+
+
+def _crop(wave: Tensor, length: int, draw: torch.Generator) -> Tensor:
+    """A copy, since workers send the whole storage of a slice."""
+    start = int(torch.randint(len(wave) - length + 1, (), generator=draw))
+    return wave[start : start + length].clone()
+
+
+def _middle(wave: Tensor, length: int) -> Tensor:
+    start = max(0, (len(wave) - length) // 2)
+    return wave[start : start + length]
+
+
+def _unmasked(hidden: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """(M, L) with only `count` of each row's hidden frames left, uniformly drawn."""
+    order = (torch.rand(hidden.shape, generator=draw) + hidden).argsort(dim=1, descending=True)
+    return torch.zeros_like(hidden).scatter_(1, order[:, :count], True)

@@ -1,0 +1,66 @@
+"""Token ids to embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.model.encoder import features_of
+from mmssl.model.positions import NoPositions
+
+
+@features_of("text")
+class TextFeatures(nn.Module):
+    """Token and learned position embeddings, layer norm, dropout, as in RoBERTa. (B, L) ids -> (B, L, D).
+
+    Position ids begin at `pad_token_id + 1` and count tokens that are not padding; padding has the row `pad_token_id`.
+    """
+
+    input_name = "input_ids"
+    normed = True
+
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int | None = None,
+        pad_token_id: int = 1,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        mask_token_id: int | None = None,
+        max_tokens: int = 512,
+        norm_eps: float = 1e-5,
+        input_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if vocab_size is None:
+            raise ValueError("vocab_size: missing; name a tokenizer with views.tokenizer, which decides it")
+        if not 3 <= vocab_size <= 1 << 24 or not 0 <= pad_token_id < vocab_size:
+            raise ValueError(f"vocab_size: {vocab_size}, must be at least 3 and more than pad_token_id {pad_token_id}")
+        if not 3 <= max_tokens <= 1 << 20:
+            raise ValueError(f"max_tokens: {max_tokens}, must be between 3 and {1 << 20} tokens")
+        self.dim, self.vocab_size, self.pad_token_id, self.max_tokens = dim, vocab_size, pad_token_id, max_tokens
+        self.bos_token_id, self.eos_token_id, self.mask_id = bos_token_id, eos_token_id, mask_token_id
+        self.grid, self.length = (max_tokens,), max_tokens
+        self.tokens = nn.Embedding(vocab_size, dim, pad_token_id)
+        self.places = nn.Embedding(max_tokens + pad_token_id + 1, dim, pad_token_id)
+        self.norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(input_dropout)
+        with torch.no_grad():
+            for table in (self.tokens, self.places):
+                table.weight.normal_(std=0.02)
+                table.weight[pad_token_id].zero_()
+
+    def pad(self, attention_mask: Tensor) -> Tensor:
+        """(B, L) as transformers has it, 1 = valid -> bool, True = padding."""
+        return attention_mask == 0
+
+    def positions(self, heads: int, extra: int) -> nn.Module:
+        """They are in the features already."""
+        return NoPositions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up."""
+        if x.shape[1] > self.max_tokens:
+            raise ValueError(f"{x.shape[1]} tokens; the position table has {self.max_tokens} (model.max_tokens)")
+        valid = (x != self.pad_token_id).long()
+        place = valid.cumsum(1) * valid + self.pad_token_id
+        return self.dropout(self.norm(self.tokens(x) + self.places(place)))

@@ -1,0 +1,160 @@
+"""Text to views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmssl.masks import spans, uniform
+from mmssl.types import Mask, Rejected, View
+from modalities.text.tokenizer import TRAIN, begin_id, encode, end_id, load
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """Which tokens to hide; the defaults are those of the text base recipe of data2vec 2.0."""
+
+    kind: Literal["uniform", "span"] = "uniform"
+    ratio: float = 0.48
+    width: int = 4  # of spans
+    copies: int = 8
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+
+
+class TextViews:
+    """Token ids with their masks. Nothing in the ids tells what is masked: the mask token is never among them."""
+
+    def __init__(self, features: Any, tokenizer: str | None = None, pack: bool = True, mask: MaskOptions | None = None):
+        """Check the options; the tokenizer is loaded when it is needed.
+
+        Args:
+            tokenizer: folder or Hub id.
+            pack: whether samples are blocks across documents, all full, or documents by themselves.
+        """
+        if mask is not None:
+            if not 0 < mask.ratio < 1 or not 1 <= mask.copies <= 1024:
+                raise ValueError("mask: ratio must be above 0 and below 1, copies between 1 and 1024")
+            if not 1 <= mask.width < features.max_tokens:
+                raise ValueError(f"mask.width: {mask.width}, must be between 1 and {features.max_tokens - 1} tokens")
+        self.vocab_size, self.pad_id, self.max_tokens = features.vocab_size, features.pad_token_id, features.max_tokens
+        self.name, self.pack, self.mask = tokenizer, pack, mask
+        self.ragged, self.longest = not pack, None if pack else features.max_tokens
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises: ValueError if there is none, or none that fits the model."""
+        tokenizer = _load(self.name)
+        if len(tokenizer) > self.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: {self.vocab_size}, but {self.name} has {len(tokenizer)} tokens. Set it to at least that, "
+                "or leave it out."
+            )
+        if tokenizer.pad_token_id != self.pad_id:
+            raise ValueError(
+                f"model.pad_token_id: {self.pad_id}, but {self.name} pads with {tokenizer.pad_token_id}. Set it to that, or "
+                "leave out model.vocab_size and model.pad_token_id."
+            )
+        return tokenizer
+
+    def __call__(
+        self, sample: str | np.ndarray, draw: Callable[[int], torch.Generator], length: int | None = None
+    ) -> dict[str, Tensor]:
+        """The ids of one sample; of a text that is too long, a window at a random place.
+
+        Args:
+            sample: text, or token ids as `prepare` makes them.
+            length: not used, since text is padded rather than cut.
+        Returns: x (n,) int64, and the seed () int64 of its masks.
+        Raises: Rejected if the text has no token.
+        """
+        source = draw(0)
+        ids = self._ids(sample)
+        if len(ids) > self.max_tokens:
+            room = self.max_tokens - 2
+            start = 1 + int(torch.randint(len(ids) - 1 - room, (), generator=source))
+            ids = torch.cat([ids[:1], ids[start : start + room], ids[-1:]])
+        return {"x": ids, "seed": torch.randint(1 << 62, (), generator=source)}
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
+        """Pad to the longest; the masks of a sample stay adjacent."""
+        view = self._view([sample["x"] for sample in samples])
+        return [view] if self.mask is None else [view._replace(mask=self._masks(samples, view.pad))]
+
+    def plain(self, samples: Sequence[str | np.ndarray]) -> View:
+        """The beginning of each text. Raises: Rejected if one has no token."""
+        rows = [self._ids(sample) for sample in samples]
+        most = self.max_tokens
+        return self._view([torch.cat([ids[: most - 1], ids[-1:]]) if len(ids) > most else ids for ids in rows])
+
+    def _ids(self, sample: str | np.ndarray) -> Tensor:
+        """With beginning and end; a block of packed text has a beginning only."""
+        begin, end = [begin_id(self.tokenizer)], [end_id(self.tokenizer)]
+        if isinstance(sample, str):
+            (ids,) = encode(self.tokenizer, [sample])
+            if not len(ids):
+                raise Rejected("empty", "no token")
+            return torch.from_numpy(np.concatenate([begin, ids, end]))
+        return torch.from_numpy(np.concatenate([begin, sample]) if self.pack else sample)
+
+    def _view(self, rows: Sequence[Tensor]) -> View:
+        lengths = torch.tensor([len(ids) for ids in rows])
+        pad = torch.arange(int(lengths.max())) >= lengths[:, None]
+        x = torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True, padding_value=float(self.pad_id))
+        return View(x, "text", pad if bool(pad.any()) else None)
+
+    def _masks(self, samples: Sequence[dict[str, Tensor]], pad: Tensor | None) -> Mask:
+        """Each sample's own, from its seed, over its valid tokens."""
+        draws = [torch.Generator().manual_seed(int(sample["seed"])) for sample in samples]
+        drawn = [self._hidden(len(sample["x"]), draw) for sample, draw in zip(samples, draws)]
+        longest = max(hidden.shape[1] for hidden in drawn)
+        # All rows keep as many places, some of them padding. Hence a row can hide no more than another one hides and pads.
+        most = min(longest - hidden.shape[1] + int(hidden[0].sum()) for hidden in drawn)
+        rows = [_at_most(hidden, most, draw) for hidden, draw in zip(drawn, draws)]
+        return Mask.of(torch.cat([F.pad(hidden, (0, longest - hidden.shape[1])) for hidden in rows]), pad)
+
+    def _hidden(self, length: int, draw: torch.Generator) -> Tensor:
+        """(M, length) bool; short texts get narrower spans."""
+        m = self.mask
+        assert m is not None
+        if m.kind == "span":
+            return spans(length, m.copies, m.ratio, min(m.width, length - 1), draw)
+        return uniform(length, m.copies, m.ratio, draw)
+
+
+def configure(model: dict[str, Any], views: dict[str, Any]) -> dict[str, Any]:
+    """The model's options with what the tokenizer decides, unless `vocab_size` is given. Raises: ValueError as `tokenizer`."""
+    if model.get("vocab_size") is not None:
+        return model
+    tokenizer = _load(views.get("tokenizer"))
+    return model | {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "bos_token_id": begin_id(tokenizer),
+        "eos_token_id": end_id(tokenizer),
+    }
+
+
+def _load(name: str | None) -> Any:
+    if name is None:
+        raise ValueError(f"views.tokenizer: missing; {TRAIN.format('FOLDER')}")
+    try:
+        return load(name)
+    except ValueError as error:
+        raise ValueError(f"views.{error}") from None
+
+
+def _at_most(hidden: Tensor, most: int, draw: torch.Generator) -> Tensor:
+    """Rows that hide `most` tokens if they hid more; which ones is drawn."""
+    if int(hidden[0].sum()) <= most:
+        return hidden
+    order = (torch.rand(hidden.shape, generator=draw) + hidden).argsort(dim=1, descending=True)
+    return torch.zeros_like(hidden).scatter_(1, order[:, :most], True)
