@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint results clean
+.PHONY: demo test lint results bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
@@ -23,8 +23,12 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-results: $(STAMP)  ## the runs behind docs/results.md; needs ../shared/data, about 25 minutes
+results: $(STAMP)  ## the runs behind docs/results.md; needs ../shared/data, about an hour
 	$(BIN)/python -m tools.results
+
+bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
+	$(BIN)/python -m tools.bench masks
+	$(BIN)/python -m tools.bench claim
 
 clean:
 	rm -rf .venv build *.egg-info runs demo-data

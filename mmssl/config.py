@@ -180,6 +180,8 @@ class Recipe(Options):
             found = None
         if kind is None:
             problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
+        if found is not None and known:
+            _fill(raw, found.defaults.get(name, {}))
         chosen = recipe_class(name if known else None, found.name if found else None)
         try:
             recipe = chosen.model_validate(raw)
@@ -265,6 +267,17 @@ def keyed(block: str, error: ValueError) -> str:
     """The text of an error in that block, which begins with a key of the recipe."""
     named = re.match(rf"({'|'.join(Recipe.model_fields)})\.\w", str(error))
     return str(error) if named else f"{block}.{error}"
+
+
+def _fill(raw: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
+    """Put the modality's defaults where the recipe says nothing; a mask that is given in part is completed."""
+    for block, values in defaults.items():
+        inner = raw.setdefault(block, {})
+        if isinstance(inner, dict):
+            for key, value in values.items():
+                given = inner.setdefault(key, value)
+                if key == "mask" and isinstance(given, dict):
+                    inner[key] = value | given
 
 
 def _sub(raw: dict[str, Any], block: str, name: str) -> Any:

@@ -54,6 +54,8 @@ class Modality(NamedTuple):
     prepare: Callable[[Any, Any, Any], Any] | None = None
     # (model options, view options) -> the model options that the views decide, such as the size of a vocabulary
     configure: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    # method -> block -> options: what its base recipe for this kind of data sets otherwise than the method's own defaults
+    defaults: dict[str, dict[str, dict[str, Any]]] = {}
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
 
 

@@ -368,3 +368,49 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error():
             pytest.fail(f"{done}: {type(error).__name__}: {error}")
     assert 150 < len(lines) < 300
     assert not [line for _, *problems in lines for line in problems if not (line.startswith("  ") and ": " in line)]
+
+
+def minimal(tmp_path, modality: str, method: str, more: str = "") -> Recipe:
+    model = {"text": "{vocab_size: 50, mask_token_id: 4}"}.get(modality, "{}")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"data: {{path: x, modality: {modality}}}\nmodel: {model}\nmethod: {method}\ntrain: {{steps: 1}}\n{more}")
+    return Recipe.load(file)
+
+
+@pytest.mark.parametrize("modality", ["vision", "speech", "text"])
+@pytest.mark.parametrize("method", ["data2vec1", "data2vec2"])
+def test_what_a_recipe_leaves_open_is_as_in_the_base_recipe_of_its_kind_of_data(modality, method, tmp_path):
+    found = minimal(tmp_path, modality, f"{{name: {method}}}")
+    base = Recipe.load(f"{modality}/{method}-base")
+    same = ("each_norm", "final_norm", "cls_weight", "teacher_features", "teacher_positions", "collect", "beta", "top_k")
+    for name in (name for name in same if hasattr(base.method, name)):
+        assert getattr(found.method, name) == getattr(base.method, name), name
+    assert found.views.mask == base.views.mask
+    assert found.model.extra_tokens == base.model.extra_tokens
+    if method == "data2vec2":
+        assert found.method.decoder == base.method.decoder
+        assert found.method.momentum == base.method.momentum
+
+
+def test_what_a_recipe_says_goes_before_the_defaults_of_its_kind_of_data(tmp_path):
+    found = minimal(
+        tmp_path,
+        "speech",
+        "{name: data2vec1, teacher_features: average, momentum: {start: 0.9, end: 1.0}}",
+        "views: {mask: {ratio: 0.3}}",
+    )
+    assert found.method.teacher_features == "average"
+    assert found.method.momentum.steps is None  # not completed from another schedule
+    assert (found.views.mask.kind, found.views.mask.ratio, found.views.mask.width) == ("span", 0.3, 10)
+
+
+def test_a_mask_token_outside_the_vocabulary_is_refused_with_its_mend(tmp_path):
+    for token in (50, -1):
+        with pytest.raises(RecipeError, match=rf"model\.mask_token_id: {token} is no token .* Leave out vocab_size"):
+            Recipe.load("text/data2vec1-small", "model.vocab_size=50", f"model.mask_token_id={token}")
+
+
+@pytest.mark.parametrize("word", ["method.beta=-1", "method.loss_scale=0"])
+def test_an_impossible_error_is_refused(word):
+    with pytest.raises(RecipeError, match=r"method\.beta"):
+        Recipe.load("vision/data2vec2-demo", word)

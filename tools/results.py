@@ -1,6 +1,6 @@
 """make results: the runs behind docs/results.md, each skipped if it is already there. Prints the table.
 
-python -m tools.results [FOLDER]   # of the real data, ../shared/data if unset
+python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small]
 """
 
 from __future__ import annotations
@@ -8,13 +8,29 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from mmssl.cli import main as mmssl
 from mmssl.evaluate.probe import probe
 from mmssl.training.run_folder import RunFolder
 
-RUNS = {"cifar10": "vision/data2vec2-cifar10-cpu"}  # data set -> recipe
-SAMPLES = {"cifar10": 50_000}
+
+class Result(NamedTuple):
+    """One data set and how it is learned."""
+
+    recipe: str
+    samples: int  # at most, of each split in the probe
+    words: tuple[str, ...] = ()
+    vocabulary: int = 0  # of a tokenizer to train first
+    group: str | None = None  # column whose values are left out one by one in a further linear probe
+
+
+RESULTS = {
+    "cifar10": Result("vision/data2vec2-cifar10-cpu", 50_000),
+    "fsdd": Result("speech/data2vec2-fsdd-cpu", 5_000, group="speaker"),
+    "agnews-small": Result("text/data2vec2-agnews-cpu", 10_000, vocabulary=4000),
+}
+FOLDER = Path("runs/results")
 
 
 def finished(run: Path) -> bool:
@@ -22,24 +38,38 @@ def finished(run: Path) -> bool:
     return (run / "status.json").is_file() and RunFolder.open(run).read_status().get("state") == "finished"
 
 
+def train(result: Result, data: Path, run: Path) -> None:
+    """Train or go on, unless it is done."""
+    if finished(run):
+        return
+    words = ["pretrain", result.recipe, f"data={data}", f"out={run}", *result.words]
+    if result.vocabulary:
+        tokenizer = FOLDER / f"{data.name}-tokenizer"
+        if not tokenizer.is_dir():
+            call("tokenizer", "train", f"data={data}", f"out={tokenizer}", f"vocab={result.vocabulary}")
+        words.append(f"views.tokenizer={tokenizer}")
+    call(*(["resume", str(run)] if (run / "checkpoints").is_dir() else words))
+
+
+def call(*words: str) -> None:
+    """`mmssl WORDS`, or exit as it does."""
+    code = mmssl(words)
+    if code:
+        sys.exit(code)
+
+
 def main() -> None:
     """Train what is missing, measure, print."""
-    data = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
-    for name, recipe in RUNS.items():
-        run = Path("runs/results") / name
-        if not finished(run):
-            words = (
-                ["resume", str(run)]
-                if (run / "checkpoints").is_dir()
-                else ["pretrain", recipe, f"data={data / name}", f"out={run}"]
-            )
-            code = mmssl(words)
-            if code:
-                sys.exit(code)
-        scores = probe(run / "model", str(data / name), random=True, samples=SAMPLES[name])
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    folder = Path(given.get("data", "../shared/data"))
+    for name in given.get("only", ",".join(RESULTS)).split(","):
+        result, data, run = RESULTS[name], folder / name, FOLDER / name
+        train(result, data, run)
+        scores = probe(run / "model", str(data), random=True, samples=result.samples, group=result.group)
         (run / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
         for row, values in scores.items():
-            print(f"| {name} | {recipe} | {row} | " + " | ".join(f"{100 * v:.1f}" for v in values.values()) + " |")
+            cells = (f"{100 * values[key]:.1f}" if key in values else "" for key in ("knn", "linear", "left_out"))
+            print(f"| {name} | {row} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

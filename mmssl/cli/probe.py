@@ -23,6 +23,7 @@ OPTIONS = {
     "label": (str, None, "column of the labels, found by name if unset"),
     "root": (str, None, "folder that names in a table are relative to"),
     "modality": (str, None, "kind of data, found by the model's input if unset"),
+    "group": (str, None, "column whose values, such as speakers, are left out one by one in a further linear probe"),
     "json": (bool, False, "print JSON"),
 }
 
@@ -39,9 +40,11 @@ def run(arguments: list[str]) -> int:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Rows raw, random, model; columns k-NN, linear."""
-    rows = [f"{'':14}{'k-NN':>8}{'linear':>10}"]
+    """Rows raw, random, model; columns k-NN, linear and, if measured, linear with a group left out."""
+    names = {"knn": "k-NN", "linear": "linear", "left_out": "left out"}
+    names = {key: name for key, name in names.items() if any(key in scores for scores in results.values())}
+    rows = [f"{'':14}" + "".join(f"{name:>10}" for name in names.values())]
     for name, scores in results.items():
-        cells = (f"{scores[key]:.1%}" if key in scores else "-" for key in ("knn", "linear"))
-        rows.append("{:14}{:>8}{:>10}".format(name, *cells))
+        cells = (f"{scores[key]:.1%}" if key in scores else "-" for key in names)
+        rows.append(f"{name:14}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(rows)

@@ -114,6 +114,8 @@ class Buckets:
                 f"train.global_batch: the data hold {count} usable samples, fewer than the {shares} micro-batches of an update "
                 f"(train.global_batch / train.micro_batch). {mend}"
             )
+        # A bucket holds at least an update, so that what is left over at the end of an epoch is never the same samples.
+        buckets = max(1, min(buckets, count // (shares * micro_batch)))
         self.lengths = lengths if longest is None else lengths.clamp(max=longest)
         capped = self.lengths[self.usable]
         ascending = capped.sort().values

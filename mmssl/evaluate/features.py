@@ -16,7 +16,7 @@ from mmssl.data.sources import Source, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
 from mmssl.errors import DataError
 from mmssl.registry import Modality, Views
-from mmssl.types import Batch
+from mmssl.types import Batch, Rejected
 
 CACHE_BYTES = 256 << 20  # decoded evaluation sets up to this size stay in memory
 BATCH, PADDED = 128, 16  # samples at once; fewer where all are padded to the longest
@@ -49,11 +49,27 @@ class PlainSet(Dataset):
 
         A sample that is padding only, too short for a single frame, is not valid.
         """
-        view = self.views.plain([sample["sample"] for sample in samples])
+        try:
+            view = self.views.plain([sample["sample"] for sample in samples])
+        except Rejected:  # decoded, yet without a single token: others stand in
+            good = [sample for sample in samples if self._fits(sample["sample"])]
+            if not good:
+                raise DataError(
+                    f"The probes find no usable sample, {self.source.identity(samples[0]['index'])} for one."
+                ) from None
+            samples = [s if self._fits(s["sample"]) else {**good[0], "valid": False} for s in samples]
+            view = self.views.plain([sample["sample"] for sample in samples])
         rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("index", "label", "valid")}
         if view.pad is not None:
             rest["valid"] &= ~view.pad.all(1)
         return Batch([view], rest["index"]).tensors() | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
+
+    def _fits(self, sample: Any) -> bool:
+        try:
+            self.views.plain([sample])
+        except Rejected:
+            return False
+        return True
 
 
 class Sets(NamedTuple):

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mmssl.config import DataOptions, WatchOptions, explain
+from mmssl.data.sources import open_source
 from mmssl.errors import RecipeError
-from mmssl.evaluate.features import Sets, open_sets
+from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.evaluate.linear import linear_accuracy
@@ -21,7 +22,7 @@ from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
 
 
-def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any]) -> Sets:
+def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any]) -> tuple[Sets, DataOptions]:
     kind = modality_of(model, options.pop("modality", None))
     try:
         watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
@@ -30,7 +31,11 @@ def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str
     where = DataOptions(
         path=data, modality=kind.name, **{k: options.pop(k) for k in ("column", "label", "root") if k in options}
     )
-    return open_sets(where, watch, kind, kind.plain_views(model, path), seed=0)
+    try:
+        views = kind.plain_views(model, path)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    return open_sets(where, watch, kind, views, seed=0), where
 
 
 def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
@@ -116,25 +121,30 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
     Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
     """
     network = load_encoder(model)
-    rows = embed_set(_open(network, model, data, options).train, _runner(network))
+    rows = embed_set(_open(network, model, data, options)[0].train, _runner(network))
     return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
-def probe(model: str | Path, data: str, random: bool = False, seed: int = 0, **options: Any) -> dict[str, dict[str, float]]:
+def probe(
+    model: str | Path, data: str, random: bool = False, seed: int = 0, group: str | None = None, **options: Any
+) -> dict[str, dict[str, float]]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
 
     Args:
         model: folder or Hub id.  data: labelled folder, table or Hub id.
         random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
+        group: column, such as the speaker, whose values are left out one by one in a further linear probe over both splits.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`.
-    Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1.
+    Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
+        `left_out`, the mean accuracy on a value that the classifier has not seen.
     Raises: RecipeError if the data have no labels.
     """
     network = load_encoder(model)
     k = int(options.get("neighbours", 20))
-    sets = _open(network, model, data, options)
+    sets, where = _open(network, model, data, options)
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
+    groups = [_groups(part, where, group) if group else None for part in (sets.train, sets.test)]
     results: dict[str, dict[str, float]] = {}
     networks = {"model": network}
     if random:
@@ -143,7 +153,7 @@ def probe(model: str | Path, data: str, random: bool = False, seed: int = 0, **o
             networks = {"random": type(network)(network.config), **networks}
     for name, candidate in networks.items():
         run = _runner(candidate)
-        bank, test = embed_set(sets.train, run), embed_set(sets.test, run)
+        bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
         if "raw" not in results:
             centre = bank["raw"].mean(0)
             results["raw"] = {"knn": knn_accuracy(bank["raw"] - centre, bank["label"], test["raw"] - centre, test["label"], k)}
@@ -151,4 +161,31 @@ def probe(model: str | Path, data: str, random: bool = False, seed: int = 0, **o
             "knn": knn_accuracy(bank["embedding"], bank["label"], test["embedding"], test["label"], k),
             "linear": linear_accuracy(bank["embedding"], bank["label"], test["embedding"], test["label"]),
         }
+        if group:
+            both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
+            if "left_out" not in results["raw"]:
+                results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
+            results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
     return results
+
+
+def _groups(part: Loaded, where: DataOptions, column: str) -> Tensor:
+    """(n,): the number of each sample's group, -1 = none, for the whole split that `part` is drawn from."""
+    source = open_source(where.model_copy(update={"label": column}), part.data.kind, part.data.source.facts["split"])
+    if source.labels is None:
+        raise RecipeError(f"group: {column!r} of {where.path} holds fewer than two values.")
+    return source.labels
+
+
+def _with(run: Any, groups: Tensor | None) -> Any:
+    return run if groups is None else lambda batch: run(batch) | {"group": groups[batch["index"]]}
+
+
+def _left_out(features: Tensor, labels: Tensor, groups: Tensor) -> float:
+    """Mean over groups of the linear accuracy on the one that the classifier has not seen."""
+    scores = [
+        linear_accuracy(features[groups != g], labels[groups != g], features[groups == g], labels[groups == g])
+        for g in groups.unique()
+        if g >= 0
+    ]
+    return sum(scores) / len(scores)

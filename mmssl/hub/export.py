@@ -70,7 +70,10 @@ def export_encoder(
             file.chmod(0o666 & ~umask())
         if not native:
             (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
-        kind.processor(config, views).save_pretrained(aside)
+        try:
+            kind.processor(config, views).save_pretrained(aside)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
         (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__)))
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmssl import losses
 from mmssl.losses import Norm, average_layers, token_std
-from mmssl.methods.method import Method, check_layers, masked_share
+from mmssl.methods.method import Method, check_error, check_layers, masked_share
 from mmssl.model.encoder import Encoder
 from mmssl.model.mask_token import MaskToken
 from mmssl.parts import Network, Teacher
@@ -39,6 +39,7 @@ class Data2Vec1(Method):
     ):
         super().__init__()
         check_layers(encoder, top_k)
+        check_error(loss_scale, beta)
         if not 0 <= head_hidden <= 1 << 17:
             raise ValueError(f"head_hidden: {head_hidden}, must be between 0 (a single linear layer) and {1 << 17}")
         if encoder.features.input_name == "input_ids" and encoder.features.mask_id is None:
@@ -60,17 +61,21 @@ class Data2Vec1(Method):
         (view,), encoder = batch.views, self.student.encoder
         if view.mask is None:
             raise ValueError("views.mask: data2vec1 needs masks")
-        features = encoder.features(view.x)  # (B, L, D)
+        # Text is masked in its ids; features of the whole input are then of no use to the student.
+        features = (
+            None if self.mask_token.mask_id is not None and not self.teacher.shares else encoder.features(view.x)
+        )  # (B, L, D)
         whole = self.teacher.encode(view, features, self.collect)
         target = average_layers(whole.layers, self.top_k, self.each_norm, self.final_norm, view.pad).detach()  # (B, L, D)
         pad = None if view.pad is None else view.pad.repeat_interleave(view.copies, 0)
-        seen = encoder.contextualize(self.mask_token(encoder, view, features), pad=pad)  # tokens (M*B, L, D)
+        replaced = self.mask_token(encoder, view, features)  # (M*B, L, D)
+        seen = encoder.contextualize(replaced, pad=pad)  # tokens (M*B, L, D)
         rebuilt = self.head(seen.tokens)
         terms = {"tokens": losses.data2vec_regression(rebuilt, target, view.mask, self.loss_scale, self.beta)}
         health = {
             "target_std": token_std(target, view.mask),
             "prediction_std": token_std(rebuilt, view.mask),
-            "feature_std": token_std(features, pad=view.pad),
+            "feature_std": token_std(replaced, pad=pad) if features is None else token_std(features, pad=view.pad),
             "encoder_std": token_std(seen.tokens, pad=pad),
             "masked_share": masked_share(view),
         }

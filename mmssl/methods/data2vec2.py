@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmssl import losses
 from mmssl.losses import Norm, average_layers, token_std
-from mmssl.methods.method import Method, check_layers, masked_share
+from mmssl.methods.method import Method, check_error, check_layers, masked_share
 from mmssl.model.decoder import ConvDecoder, ConvDecoderOptions
 from mmssl.model.encoder import Encoder, mean_tokens
 from mmssl.parts import Network, Teacher
@@ -35,6 +35,7 @@ class Data2Vec2(Method):
     ):
         super().__init__()
         check_layers(encoder, top_k)
+        check_error(loss_scale, beta)
         if cls_weight < 0:
             raise ValueError(f"cls_weight: {cls_weight}, must be at least 0")
         if cls_weight and not encoder.transformer.extra_tokens:

@@ -53,6 +53,12 @@ class Method(nn.Module):
         return sum((mask.hidden.sum() for mask in masks), torch.zeros((), dtype=torch.int64)) if masks else None
 
 
+def check_error(scale: float | None, beta: float) -> None:
+    """Raises: ValueError if that is no factor or width of a regression error."""
+    if beta < 0 or (scale is not None and scale <= 0):
+        raise ValueError(f"beta: {beta} must be at least 0 and loss_scale: {scale} above 0")
+
+
 def check_layers(encoder: Encoder, top_k: int) -> None:
     """Raises: ValueError if the trunk has fewer than `top_k` layers."""
     if not 0 < top_k <= len(encoder.transformer.blocks):

@@ -76,7 +76,7 @@ class ConvDecoder(nn.Module):
         """
         rows, _, width = visible.shape
         copies = rows // len(keys)
-        fillers = random.normal(keys, (copies, mask.count, width), like=visible).view(rows, mask.count, width) * self.noise
+        fillers = self._fillers(visible, mask, keys, pad)
         x = restore(self.dropout(visible), fillers, mask)
         x = x.view(rows, *(self.grid if len(self.grid) == 2 else x.shape[1:2]), width).movedim(-1, 1)
         blank = None if pad is None else pad.repeat_interleave(copies, 0)[:, None]  # (M*B, 1, L), of sequences only
@@ -86,3 +86,16 @@ class ConvDecoder(nn.Module):
             y = F.gelu(F.layer_norm(y, y.shape[-1:])).movedim(-1, 1)
             x = x + y if self.residual and x.shape == y.shape else y
         return self.proj(x.movedim(1, -1).flatten(1, -2))
+
+    def _fillers(self, like: Tensor, mask: Mask, keys: Sequence[int], pad: Tensor | None) -> Tensor:
+        """(M*B, L - L_visible, D) noise. A sample's does not depend on how far the batch is padded: padding gets zeros."""
+        rows, width = len(like), like.shape[-1]
+        copies = rows // len(keys)
+        if pad is None:
+            noise = random.normal(keys, (copies, mask.count, width), like=like)
+        else:
+            counts = mask.hidden[::copies].sum(1).tolist()  # equal for the masks of a sample
+            noise = like.new_zeros(len(keys), copies, mask.count, width)
+            for row, key, count in zip(noise, keys, counts):
+                row[:, :count] = random.normal([key], (copies, count, width), like=like)[0]
+        return noise.view(rows, mask.count, width) * self.noise

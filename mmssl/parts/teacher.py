@@ -58,13 +58,13 @@ class Teacher(Part):
         """The averaged encoder; without a feature encoder if it shares the student's."""
         return self.network.encoder
 
-    def encode(self, view: View, features: Tensor, collect: Literal["ffn", "block"] | None = None) -> Encoded:
+    def encode(self, view: View, features: Tensor | None, collect: Literal["ffn", "block"] | None = None) -> Encoded:
         """The whole view, without gradient, whatever its mask hides.
 
         Args:
             features: (B, L, D) of the student; read only if they are shared.
         """
-        own = features.detach() if self.shares else self.encoder.features(view.x)
+        own = features.detach() if self.shares and features is not None else self.encoder.features(view.x)
         return self.encoder.contextualize(own, collect=collect, pad=view.pad)
 
     def restart(self) -> None:

@@ -16,6 +16,8 @@ from mmssl.config import Recipe
 from mmssl.data.sampler import check_batch
 from mmssl.errors import RecipeError
 
+DDP_SECONDS = 4 * 3600  # the main process may tokenise a corpus, or read all headers, while the others wait
+
 
 def out(recipe: Recipe) -> Path:
     """The run folder."""
@@ -60,6 +62,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ddp_backend="gloo" if cpu and processes > 1 else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        ddp_timeout=DDP_SECONDS,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         eval_strategy="no",

@@ -235,10 +235,11 @@ class Run:
         self.epoch_steps = steps_per_epoch(recipe, source, views)
         self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
         args.max_steps = self.steps
-        if recipe.optim.warmup >= self.steps and folder.is_main:
+        if recipe.optim.warmup + recipe.optim.hold >= self.steps and folder.is_main:
+            reached = "the rate never reaches optim.lr" if recipe.optim.warmup >= self.steps else "the rate never falls"
+            hold = f" and optim.hold={recipe.optim.hold}" if recipe.optim.hold else ""
             print(
-                f"mmssl: note: optim.warmup={recipe.optim.warmup} is not shorter than the run of {self.steps} updates; "
-                "the rate never reaches optim.lr.",
+                f"mmssl: note: optim.warmup={recipe.optim.warmup}{hold} fill the run of {self.steps} updates; {reached}.",
                 file=sys.stderr,
             )
         self.quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
@@ -274,7 +275,7 @@ class Run:
                 part.restart()
         if recipe.train.compile:
             encoders = [method.student.encoder, *(part.encoder for part in method.parts() if isinstance(part, Teacher))]
-            for block in (block for encoder in encoders for block in encoder.transformer.blocks):
+            for block in (b for e in encoders for b in (*e.transformer.prenet, *e.transformer.blocks)):
                 block.compile()  # whole models would be compiled anew for every mask count
         self.objective = Objective(method, classes)
         tensors, state = self._resume() if resume else ({}, {})

@@ -6,6 +6,26 @@ from modalities.speech.features import SpeechFeatures
 from modalities.speech.processor import plain_views, processor
 from modalities.speech.views import SpeechViews
 
+MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
+DEFAULTS = {
+    "data2vec2": {
+        "model": MODEL,
+        "method": {
+            "top_k": 8,
+            "final_norm": "none",
+            "cls_weight": 0.0,
+            "teacher_features": "share",
+            "momentum": {"start": 0.999, "end": 0.99999, "steps": 75_000},
+            "decoder": {"dim": 384, "groups": 16, "kernel": 7, "layers": 4, "dropout": 0.1},
+        },
+        "views": {"mask": {}},
+    },
+    "data2vec1": {
+        "model": {**MODEL, "alibi": False},
+        "method": {"mask_start": "uniform", "teacher_features": "share", "teacher_positions": "copy"},
+        "views": {"mask": {"kind": "span", "ratio": 0.65, "width": 10, "copies": 1}},
+    },
+}
 MODALITY = Modality(
     "speech",
     SpeechFeatures,
@@ -17,5 +37,6 @@ MODALITY = Modality(
     processor,
     plain_views,
     prepare=prepare,
+    defaults=DEFAULTS,
     native="modalities.speech.convert",
 )

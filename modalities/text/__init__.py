@@ -6,6 +6,37 @@ from modalities.text.features import TextFeatures
 from modalities.text.processor import plain_views, processor
 from modalities.text.views import TextViews, configure
 
+MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
+DEFAULTS = {
+    "data2vec2": {
+        "model": MODEL,
+        "method": {
+            "top_k": 12,
+            "final_norm": "none",
+            "loss_scale": 1.0,
+            "cls_weight": 0.0,
+            "teacher_features": "share",
+            "momentum": {"start": 0.9999, "end": 0.99999, "steps": 100_000},
+            "decoder": {
+                "dim": 768, "groups": 1, "kernel": 9, "layers": 5, "residual": False, "hidden": 1536, "dropout": 0.1,
+            },
+        },
+        "views": {"mask": {}},
+    },
+    "data2vec1": {
+        "model": MODEL,
+        "method": {
+            "top_k": 10,
+            "each_norm": "layer",
+            "loss_scale": 1.0,
+            "beta": 4.0,
+            "head_hidden": 1536,
+            "teacher_features": "copy",
+            "momentum": {"start": 0.999, "end": 0.9999, "steps": 300_000},
+        },
+        "views": {"pack": False, "mask": {"kind": "span", "ratio": 0.35, "width": 4, "copies": 1}},
+    },
+}  # fmt: skip
 MODALITY = Modality(
     "text",
     TextFeatures,
@@ -18,5 +49,6 @@ MODALITY = Modality(
     plain_views,
     prepare,
     configure,
+    DEFAULTS,
     "modalities.text.convert",
 )

@@ -36,6 +36,11 @@ class TextFeatures(nn.Module):
             raise ValueError("vocab_size: missing; name a tokenizer with views.tokenizer, which decides it")
         if not 3 <= vocab_size <= 1 << 24 or not 0 <= pad_token_id < vocab_size:
             raise ValueError(f"vocab_size: {vocab_size}, must be at least 3 and more than pad_token_id {pad_token_id}")
+        if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
+            raise ValueError(
+                f"mask_token_id: {mask_token_id} is no token of a vocabulary of {vocab_size}. Leave out vocab_size, "
+                "pad_token_id and mask_token_id: the tokenizer decides them."
+            )
         if not 3 <= max_tokens <= 1 << 20:
             raise ValueError(f"max_tokens: {max_tokens}, must be between 3 and {1 << 20} tokens")
         self.dim, self.vocab_size, self.pad_token_id, self.max_tokens = dim, vocab_size, pad_token_id, max_tokens

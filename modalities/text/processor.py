@@ -21,7 +21,8 @@ def plain_views(model: Any, path: Any) -> TextViews:
     """Views with the tokenizer in a model's folder. Raises: ValueError if that cannot be loaded."""
     tokenizer = load(str(path))
     size = getattr(model.config, "vocab_size", None) or len(tokenizer)
-    shape = SimpleNamespace(vocab_size=size, pad_token_id=tokenizer.pad_token_id, max_tokens=_length(model, tokenizer))
+    ids = {"pad_token_id": tokenizer.pad_token_id, "mask_id": tokenizer.mask_token_id}
+    shape = SimpleNamespace(vocab_size=size, max_tokens=_length(model, tokenizer), **ids)
     views = TextViews(shape, str(path), pack=False)
     views.tokenizer = tokenizer
     return views

@@ -20,12 +20,11 @@ SENTENCE = 1000  # characters, of at most 4 bytes: sentencepiece passes over wha
 SENTENCES = 2_000_000  # that it learns from at most, drawn evenly
 
 
-def load(path: str | Path, mask: bool = False) -> Any:
+def load(path: str | Path) -> Any:
     """A tokenizer of transformers.
 
     Args:
         path: folder or Hub id.
-        mask: whether a mask token is needed.
     Raises: ValueError if it cannot be loaded, or lacks a token for padding, for the beginning or for the end of a text.
     """
     from transformers import AutoTokenizer
@@ -40,7 +39,6 @@ def load(path: str | Path, mask: bool = False) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"tokenizer: {path}{place} cannot be loaded ({reason}); {TRAIN.format('FOLDER')}") from None
     needed = {"pad": tokenizer.pad_token_id, "bos or cls": begin_id(tokenizer), "eos or sep": end_id(tokenizer)}
-    needed |= {"mask": tokenizer.mask_token_id} if mask else {}
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(f"tokenizer: {path} has no token for {', '.join(missing)}; {TRAIN.format('FOLDER')}")

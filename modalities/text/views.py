@@ -16,6 +16,8 @@ from mmssl.masks import spans, uniform
 from mmssl.types import Mask, Rejected, View
 from modalities.text.tokenizer import TRAIN, begin_id, encode, end_id, load
 
+LEAVE = "Leave out model.vocab_size, model.pad_token_id and model.mask_token_id: the tokenizer decides them."
+
 
 @dataclass(frozen=True)
 class MaskOptions:
@@ -45,6 +47,7 @@ class TextViews:
             if not 1 <= mask.width < features.max_tokens:
                 raise ValueError(f"mask.width: {mask.width}, must be between 1 and {features.max_tokens - 1} tokens")
         self.vocab_size, self.pad_id, self.max_tokens = features.vocab_size, features.pad_token_id, features.max_tokens
+        self.mask_id = features.mask_id
         self.name, self.pack, self.mask = tokenizer, pack, mask
         self.ragged, self.longest = not pack, None if pack else features.max_tokens
 
@@ -53,14 +56,12 @@ class TextViews:
         """Raises: ValueError if there is none, or none that fits the model."""
         tokenizer = _load(self.name)
         if len(tokenizer) > self.vocab_size:
-            raise ValueError(
-                f"model.vocab_size: {self.vocab_size}, but {self.name} has {len(tokenizer)} tokens. Set it to at least that, "
-                "or leave it out."
-            )
+            raise ValueError(f"model.vocab_size: {self.vocab_size}, but {self.name} has {len(tokenizer)} tokens. {LEAVE}")
         if tokenizer.pad_token_id != self.pad_id:
+            raise ValueError(f"model.pad_token_id: {self.pad_id}, but {self.name} pads with {tokenizer.pad_token_id}. {LEAVE}")
+        if self.mask_id not in (None, tokenizer.mask_token_id):
             raise ValueError(
-                f"model.pad_token_id: {self.pad_id}, but {self.name} pads with {tokenizer.pad_token_id}. Set it to that, or "
-                "leave out model.vocab_size and model.pad_token_id."
+                f"model.mask_token_id: {self.mask_id}, but {self.name} masks with {tokenizer.mask_token_id}. {LEAVE}"
             )
         return tokenizer
 

@@ -31,7 +31,7 @@ def test_training_writes_a_tokenizer_and_says_how_to_use_it(capsys, texts, tmp_p
     code, told, _ = call(capsys, "train", f"data={texts}", f"out={out}", "vocab=36")
     assert code == 0
     assert told.splitlines()[-1] == f"wrote {out}; use it with: views.tokenizer={out}"
-    tokenizer = load(out, mask=True)
+    tokenizer = load(out)
     assert len(tokenizer) == 36
     assert len(encode(tokenizer, ["sat on"])[0]) < 6
     assert tokenizer.unk_token_id in encode(tokenizer, ["zebra"])[0]  # of the test split

@@ -119,3 +119,32 @@ def test_the_kind_of_data_of_a_model(installed):
         modality_of(taking("points"))
     with pytest.raises(RecipeError, match=r"data\.modality: smell"):
         modality_of(taking("input_ids", model_type="bert"), "smell")
+
+
+def test_a_group_is_left_out_at_a_time_and_those_without_one_are_not_counted(seeded):
+    from mmssl.evaluate.linear import linear_accuracy
+
+    labels, groups = torch.arange(60) % 3, torch.arange(60) // 20 - 1  # groups -1, 0, 1
+    features = torch.nn.functional.one_hot(labels, 3) + 0.8 * torch.randn(60, 3)
+    wanted = []
+    for g in (0, 1):
+        seen = groups != g
+        wanted.append(linear_accuracy(features[seen], labels[seen], features[~seen], labels[~seen]))
+    assert module._left_out(features, labels, groups) == pytest.approx(sum(wanted) / 2)
+    assert 0.4 < sum(wanted) / 2 < 1
+
+
+def test_groups_are_numbered_alike_in_both_splits(tmp_path):
+    for split, speakers in {"train": "zoe ann zoe", "test": "ann bob"}.items():
+        rows = "".join(f"some words,{i % 2},{speaker}\n" for i, speaker in enumerate(speakers.split()))
+        (tmp_path / f"{split}.csv").write_text("text,label,speaker\n" + rows)
+    where = module.DataOptions(path=str(tmp_path), modality="text")
+
+    def part(split):
+        source = SimpleNamespace(facts={"split": split})
+        return SimpleNamespace(data=SimpleNamespace(kind=module.modality("text"), source=source))
+
+    assert module._groups(part("train"), where, "speaker").tolist() == [2, 0, 2]
+    assert module._groups(part("test"), where, "speaker").tolist() == [0, 1]
+    with pytest.raises(RecipeError, match="has no column 'voice'"):
+        module._groups(part("train"), where, "voice")

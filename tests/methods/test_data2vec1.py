@@ -184,7 +184,7 @@ def test_one_step_runs_the_teacher_once_per_sample_and_the_student_on_all_tokens
     assert teacher == [(2, 16)]
     assert student == [(2 * copies, 16)]
     # speech shares its features; the ids of text are embedded with and without the mask token
-    assert local == {"vision": [2, 2], "speech": [2], "text": [2, 2, 2 * copies]}[modality]
+    assert local == {"vision": [2, 2], "speech": [2], "text": [2, 2 * copies]}[modality]
 
 
 # Teacher and gradients -------------------------------------------------------------------------------------------------
@@ -267,10 +267,13 @@ def test_health_is_measured_and_detached(build, modality, valid):
     (view,) = batch.views
     hidden, pad = view.mask.hidden, torch.zeros(2, 16, dtype=torch.bool) if view.pad is None else view.pad
     kept = ~pad.repeat_interleave(2, 0)
+    local = method.student.encoder.features(view.x)[~pad]
+    if modality == "text":  # of the input that the student reads
+        local = method.mask_token(method.student.encoder, view)[kept]
     for name, rows in (
         ("prediction_std", rebuilt[0][hidden]),
         ("encoder_std", tokens[0][kept]),
-        ("feature_std", method.student.encoder.features(view.x)[~pad]),
+        ("feature_std", local),
     ):
         assert_close(out.health[name], (rows.var(0) + 1e-6).sqrt().mean(), rtol=1e-5, atol=1e-6)
     assert float(out.health["masked_share"]) == pytest.approx(float(hidden.sum() / kept.sum()))
@@ -288,3 +291,13 @@ def test_impossible_options_are_refused_by_name(build):
     method, batch = build("vision")
     with pytest.raises(ValueError, match=r"^views\.mask: "):
         method(batch._replace(views=[batch.views[0]._replace(mask=None)]), Clock())
+
+
+def test_text_without_a_mask_token_is_refused():
+    from mmssl.methods.data2vec1 import Data2Vec1
+    from mmssl.model.configuration import MmsslConfig
+    from mmssl.model.encoder import Encoder
+
+    encoder = Encoder.from_config(MmsslConfig("text", 16, depth=2, heads=2, extra_tokens=0, vocab_size=20))
+    with pytest.raises(ValueError, match=r"^model\.mask_token_id: missing"):
+        Data2Vec1(encoder, top_k=1)

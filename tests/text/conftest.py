@@ -41,7 +41,7 @@ def views(trained_tokenizers):
     """Function: TextViews with `max_tokens` 16 unless told."""
 
     def build(max_tokens=16, vocab_size=1000, pad_token_id=1, name=str(trained_tokenizers["unigram"]), **options):
-        shape = SimpleNamespace(max_tokens=max_tokens, vocab_size=vocab_size, pad_token_id=pad_token_id)
+        shape = SimpleNamespace(max_tokens=max_tokens, vocab_size=vocab_size, pad_token_id=pad_token_id, mask_id=None)
         return TextViews(shape, name, **options)
 
     return build

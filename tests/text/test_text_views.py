@@ -228,7 +228,9 @@ def test_configured_features_take_the_views(trained_tokenizers):
 
 
 def test_spans_never_ask_for_more_than_there_is():
-    every = TextViews(SimpleNamespace(max_tokens=64, vocab_size=9, pad_token_id=1), "unused", False, MaskOptions("span", 0.7))
+    every = TextViews(
+        SimpleNamespace(max_tokens=64, vocab_size=9, pad_token_id=1, mask_id=None), "unused", False, MaskOptions("span", 0.7)
+    )
     for trial in range(30):
         lengths = torch.randint(3, 64, (6,), generator=generator("lengths", trial))
         rows = [{"x": torch.full((int(n),), 5), "seed": torch.tensor(trial * 6 + i)} for i, n in enumerate(lengths)]

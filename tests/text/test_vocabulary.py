@@ -197,8 +197,6 @@ def test_special_tokens_that_are_missing_are_named(trained_tokenizers, tmp_path)
     fast.mask_token = None
     fast.save_pretrained(tmp_path / "maskless")
     assert load(tmp_path / "maskless").mask_token_id is None
-    with pytest.raises(ValueError, match="has no token for mask"):
-        load(tmp_path / "maskless", mask=True)
     fast.pad_token = fast.bos_token = None
     fast.save_pretrained(tmp_path / "two")  # the beginning is still there as cls
     with pytest.raises(ValueError, match="has no token for pad; train"):

@@ -12,7 +12,7 @@ from mmssl.model.configuration import MmsslConfig
 from mmssl.random import generator
 from modalities.vision.features import PatchFeatures
 from modalities.vision.processor import plain_views, processor
-from modalities.vision.views import ImageViews, MaskOptions, crop_box
+from modalities.vision.views import ImageViews, MaskOptions, crop_box, jittered
 
 STEP = 1 / 255 / 0.224  # one of 256 levels, after normalisation
 
@@ -208,3 +208,29 @@ def test_views_of_a_saved_model_are_those_it_was_trained_with(tmp_path):
 def test_a_bad_option_is_refused_by_its_name(options, name):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         ImageViews(features(), **options)
+
+
+def test_colours_change_as_torchvision_changes_them_in_a_drawn_order():
+    from torchvision.transforms import functional
+
+    image, orders = picture(), set()
+    kinds = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for key in range(20):
+        found = jittered(0.4, generator("jitter", key))(image)
+        draw = generator("jitter", key)
+        factors = (0.6 + 0.8 * torch.rand(3, generator=draw, dtype=torch.float64)).tolist()
+        order = torch.randperm(3, generator=draw).tolist()
+        wanted = image
+        for i in order:
+            wanted = kinds[i](wanted, factors[i])
+        assert np.abs(np.asarray(found, np.int16) - np.asarray(wanted, np.int16)).max() <= 1
+        orders.add(tuple(order))
+    assert len(orders) > 3
+
+
+def test_without_jitter_nothing_more_is_drawn():
+    one, other = (ImageViews(features(), jitter=strength) for strength in (0.0, 0.4))
+    a, b = (views(picture(), lambda view: generator("same", view))["x"] for views in (one, other))
+    assert not torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"^jitter: 1\.5"):
+        ImageViews(features(), jitter=1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Any
@@ -66,5 +67,5 @@ def _batch(setting: Recipe, method: Any, samples: int, copies: int) -> tuple[dic
 def _tokens(setting: Recipe, copies: int) -> int:
     """Tokens of a step and sample in the trunk, a backward pass counted as two forward passes."""
     length = (setting.model.image_size // setting.model.patch_size) ** 2  # type: ignore[attr-defined]
-    kept = length - int(length * setting.views.mask.ratio)  # type: ignore[attr-defined]
+    kept = math.floor(length * (1 - setting.views.mask.ratio))  # type: ignore[attr-defined]
     return length + 1 + 3 * copies * (kept + 1)
