@@ -181,7 +181,7 @@ class Recipe(Options):
         if kind is None:
             problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
         if found is not None and known:
-            _fill(raw, found.defaults.get(name, {}))
+            _fill(raw, copy.deepcopy(found.defaults.get(name, {})))
         chosen = recipe_class(name if known else None, found.name if found else None)
         try:
             recipe = chosen.model_validate(raw)

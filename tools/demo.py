@@ -15,6 +15,7 @@ from tools.make_demo_data import write
 DATA = Path("demo-data")
 TOLD = {"vision": "images of digits", "speech": "spoken words of new voices", "text": "paragraphs of new documents"}
 NAMES = {"raw": "raw", "random": "random init", "pretrained": "pretrained"}
+METRICS = {"knn": "k-NN", "linear": "linear"}
 VOCABULARY = 2000
 
 Scores = dict[str, dict[str, float]]
@@ -58,12 +59,12 @@ def main() -> None:
         place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
         found[seed] = {modality: demo(place, seed, modality) for modality in modalities}
         (place / "summary.json").write_text(json.dumps(found[seed], indent=2) + "\n")
-    print("k-NN on held-out samples:")
+    print("On held-out samples, random init -> pretrained:")
     for seed, summary in found.items():
         for modality, scores in summary.items():
-            random, pretrained = scores["random"]["knn"], scores["pretrained"]["knn"]
-            gain = 100 * (pretrained - random)
-            print(f"  {modality:8} seed {seed}: random {random:6.1%}, pretrained {pretrained:6.1%}, gain {gain:+.1f} points")
+            random, pretrained = scores["random"], scores["pretrained"]
+            told = (f"{name} {random[key]:.1%} -> {pretrained[key]:.1%}" for key, name in METRICS.items())
+            print(f"  {modality:8} seed {seed}: " + ", ".join(told))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from mmssl.cli import main as mmssl
 from mmssl.evaluate.probe import probe
 from mmssl.training.run_folder import RunFolder
+from tools.demo import call
 
 
 class Result(NamedTuple):
@@ -49,13 +49,6 @@ def train(result: Result, data: Path, run: Path) -> None:
             call("tokenizer", "train", f"data={data}", f"out={tokenizer}", f"vocab={result.vocabulary}")
         words.append(f"views.tokenizer={tokenizer}")
     call(*(["resume", str(run)] if (run / "checkpoints").is_dir() else words))
-
-
-def call(*words: str) -> None:
-    """`mmssl WORDS`, or exit as it does."""
-    code = mmssl(words)
-    if code:
-        sys.exit(code)
 
 
 def main() -> None:
