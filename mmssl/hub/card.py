@@ -18,7 +18,7 @@ def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None
 
     own = architecture == "MmsslModel"
     trust = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed" if own else ")"
-    first = {"Data2VecVisionModel": 1}.get(architecture, 0)  # patches come after cls
+    first = recipe.model.extra_tokens  # type: ignore[attr-defined]  # content comes after cls
     pooled = ".pooler_output" if own else f".last_hidden_state[:, {first}:].mean(1)  # of one sample, without padding"
     loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
     name = recipe.method.name  # type: ignore[attr-defined]
