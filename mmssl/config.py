@@ -219,12 +219,25 @@ class Recipe(Options):
             steps = (("model", self.configure), ("model", self._encoder), ("views", self.build_views), ("method", self.build))
             for block, build in steps:
                 try:
-                    build()
+                    built = build()
                 except ValueError as error:
                     problems.append(keyed(block, error))
                     if block == "model":
                         break  # the others cannot be built on it
+                else:
+                    problems += self._views_conflict(built, chosen) if build == self.build_views else []
         return problems
+
+    def _views_conflict(self, views: Any, method: type[Method]) -> list[str]:
+        """Whether the method takes that many views."""
+        name, found = self.method.name, views.count  # type: ignore[attr-defined]
+        if found != method.views:
+            return [
+                f"views: {name} takes {method.views} full-size view{'s' * (method.views > 1)} of a sample, these are {found}"
+            ]
+        if views.crops and not method.crops:
+            return [f"views: {name} takes no smaller crops, these have {views.crops}"]
+        return []
 
     def config(self) -> MmsslConfig:
         """The configuration of the encoder that this recipe trains."""

@@ -20,6 +20,8 @@ class Views(Protocol):
     """Turns a decoded sample into the views that a method sees."""
 
     ragged: bool  # whether batches differ in length or valid tokens, so that losses must be divided over all of an update
+    count: int  # full-size views of a sample
+    crops: int  # smaller views that follow them
     longest: int | None  # length of the longest view in the unit of `Source.lengths`; None where all are as long
 
     def __call__(self, sample: Any, draw: Callable[[int], torch.Generator], length: int | None = None) -> dict[str, Tensor]:

@@ -59,6 +59,7 @@ class View(NamedTuple):
     modality: str  # a registry name
     pad: Tensor | None = None  # (B, L) bool, True = padding; in tokens or frames, not in samples of sound
     mask: Mask | None = None  # drawn with the view; rows (M*B, L)
+    record: dict[str, Tensor] = {}  # how the view was made, each (B, ...): box, flip, gain ...; what a modality can tell
 
     @property
     def copies(self) -> int:
@@ -82,16 +83,19 @@ class Batch(NamedTuple):
                 flat[f"{i}.{view.modality}.pad"] = view.pad
             if view.mask is not None:
                 flat.update({f"{i}.{view.modality}.mask.{name}": t for name, t in view.mask._asdict().items()})
+            flat.update({f"{i}.{view.modality}.record.{name}": t for name, t in view.record.items()})
         return flat
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor], keys: tuple[int, ...] = ()) -> Batch:
         """The inverse of `tensors`."""
         views = []
-        for name in sorted((n for n in flat if n.endswith(".x")), key=lambda n: int(n.split(".")[0])):
-            stem, modality = name[:-2], name.split(".")[1]
-            mask = Mask(*(flat[f"{stem}.mask.{f}"] for f in Mask._fields)) if f"{stem}.mask.hidden" in flat else None
-            views.append(View(flat[name], modality, flat.get(f"{stem}.pad"), mask))
+        for number in sorted({int(name.split(".")[0]) for name in flat if name[0].isdigit()}):
+            own = {tuple(name.split(".")[1:]): t for name, t in flat.items() if name.startswith(f"{number}.")}
+            modality = next(iter(own))[0]
+            mask = Mask(*(own[modality, "mask", f] for f in Mask._fields)) if (modality, "mask", "hidden") in own else None
+            record = {place[2]: t for place, t in own.items() if place[1] == "record"}
+            views.append(View(own[modality, "x"], modality, own.get((modality, "pad")), mask, record))
         return cls(views, flat["index"], keys)
 
 

@@ -23,6 +23,8 @@ class Method(nn.Module):
     modalities: ClassVar[tuple[str, ...]]
     coverage: ClassVar[tuple[int, ...]]  # rows of docs/coverage.md
     masks: ClassVar[bool] = False  # whether views must come with masks
+    views: ClassVar[int] = 1  # full-size views of each sample
+    crops: ClassVar[bool] = False  # whether smaller views may follow them
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
     student: Network

@@ -6,6 +6,7 @@ import inspect
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmssl.model.configuration import MmsslConfig
@@ -116,6 +117,12 @@ class Encoder(nn.Module):
         x, layers = self.transformer(tokens, collect, attention_bias(bias, pad, extra))
         return Encoded(x[:, extra:], x[:, 0] if extra else None, tuple(layer[:, extra:] for layer in layers), pad)
 
+    def inspect(self, view: View) -> tuple[Tensor, Tensor]:
+        """Of a whole view: (B, D) pooled, and (B, D) local features of the token in the middle."""
+        features = self.features(view.x)
+        local = features[torch.arange(len(features), device=features.device), middle(features, view.pad)]
+        return self.pool(self.contextualize(features, pad=view.pad)), local
+
     def pool(self, encoded: Encoded) -> Tensor:
         """(B, D): what downstream tasks use, the mean of the tokens that are not padding, or cls."""
         if self.pooling == "cls" and encoded.cls is not None:
@@ -129,6 +136,13 @@ def mean_tokens(tokens: Tensor, pad: Tensor | None = None) -> Tensor:
         return tokens.mean(1)
     valid = (~pad).to(tokens.dtype)[..., None]
     return (tokens * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def middle(tokens: Tensor, pad: Tensor | None) -> Tensor:
+    """(B,) int64: the place in the middle of each row's valid tokens."""
+    if pad is None:
+        return torch.full((len(tokens),), tokens.shape[1] // 2, device=tokens.device)
+    return (~pad).sum(1) // 2
 
 
 def _init_linear(module: nn.Module) -> None:

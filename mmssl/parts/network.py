@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 
 from mmssl.model.encoder import Encoder
+from mmssl.types import View
 
 
 class Network(nn.Module):
-    """Names modules: an encoder and, for joint-embedding methods, its heads. The teacher has the same names."""
+    """Names modules: an encoder and, for joint-embedding methods, its heads. The teacher has the same names.
+
+    What passes together shares batch statistics: `embed_all` and `project_all` where a paper concatenates views, `embed` and
+    `project` for each view where it does not.
+    """
 
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, **heads: nn.Module):
         super().__init__()
         self.encoder = encoder
+        self.heads = tuple(heads)
         for name, head in heads.items():
             self.add_module(name, head)
+
+    def embed(self, view: View) -> Tensor:
+        """(B, D): what is evaluated."""
+        return self.encoder.pool(self.encoder(view))
+
+    def embed_all(self, views: Sequence[View]) -> list[Tensor]:
+        """(B, D) for each view; views of one size in one pass."""
+        found: dict[int, Tensor] = {}
+        for size in dict.fromkeys(view.x.shape[1:] for view in views):
+            places = [i for i, view in enumerate(views) if view.x.shape[1:] == size]
+            both = self.embed(_together([views[i] for i in places]))
+            found.update(zip(places, both.chunk(len(places))))
+        return [found[i] for i in range(len(views))]
+
+    def project(self, h: Tensor) -> Tensor:
+        """(B, D) through the heads in the order they were named."""
+        for name in self.heads:
+            h = getattr(self, name)(h)
+        return h
+
+    def project_all(self, h: Sequence[Tensor]) -> list[Tensor]:
+        """Several (B, D) in one pass."""
+        return list(self.project(torch.cat([*h])).split([len(one) for one in h]))
+
+
+def _together(views: Sequence[View]) -> View:
+    """Views of one size below each other, without masks."""
+    if len(views) == 1:
+        return views[0]._replace(mask=None)
+    some = next((view.pad for view in views if view.pad is not None), None)
+    pad = None if some is None else torch.cat([torch.zeros_like(some) if v.pad is None else v.pad for v in views])
+    return View(torch.cat([view.x for view in views]), views[0].modality, pad)

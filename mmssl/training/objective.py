@@ -77,10 +77,8 @@ class Objective(nn.Module):
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
         if clock is None:
-            encoder, view = self.method.student.encoder, batch.views[0]
-            features = encoder.features(view.x)  # (B, L, D)
-            out = {"embedding": encoder.pool(encoder.contextualize(features, pad=view.pad)).float()}
-            out["local"] = features[torch.arange(len(features)), middle(features, view.pad)].float()
+            embedding, local = self.method.student.encoder.inspect(batch.views[0])
+            out = {"embedding": embedding.float(), "local": local.float()}
             return out if self.probe is None else out | {"logits": self.probe(self.standardise(out["embedding"]))}
         if keys:
             torch.manual_seed(keys[0])
@@ -94,10 +92,3 @@ class Objective(nn.Module):
             known = (labels >= 0).sum().clamp(min=1)  # a batch without any label adds zero, not NaN
             out["total"] = loss + PROBE_SCALE * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
         return out
-
-
-def middle(tokens: Tensor, pad: Tensor | None) -> Tensor:
-    """(B,) int64: the place in the middle of each row's valid tokens."""
-    if pad is None:
-        return torch.full((len(tokens),), tokens.shape[1] // 2, device=tokens.device)
-    return (~pad).sum(1) // 2

@@ -38,6 +38,7 @@ class SpeechViews:
     """
 
     ragged = True  # updates differ in length
+    count, crops = 1, 0
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class MaskOptions:
 class TextViews:
     """Token ids with their masks. Nothing in the ids tells what is masked: the mask token is never among them."""
 
+    count, crops = 1, 0
+
     def __init__(self, features: Any, tokenizer: str | None = None, pack: bool = True, mask: MaskOptions | None = None):
         """Check the options; the tokenizer is loaded when it is needed.
 

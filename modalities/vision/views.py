@@ -40,6 +40,7 @@ class ImageViews:
 
     ragged: bool = False
     longest: int | None = None  # all views have one size
+    count, crops = 1, 0
 
     def __init__(
         self,
