@@ -64,15 +64,96 @@ class DataOptions(Options):
 class OptimOptions(Options):
     """How weights change."""
 
+    name: Literal["adamw", "sgd", "lars", "larc"] = Field(
+        "adamw", description="lars and larc, apex's relative (SwAV), adapt the parameters that decay; not under DeepSpeed."
+    )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    decay: Literal["matrices", "all"] = Field("matrices", description="What weight decay reaches.")
+    scale: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="Multiply lr and bias_lr by N/256 or by sqrt(N/256), N being train.global_batch."
+    )
+    bias_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak rate of parameters of at most one dimension. The 0.0048 of Barlow Twins was tuned to gradients that "
+        "its 32 ranks made 32 times too small, which only shows where a step is not adapted: with exact ones it is 0.00015.",
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="adamw only."
+    )
+    eps: float = Field(1e-8, gt=0, description="adamw only.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd, lars and larc.")
+    nesterov: bool = Field(False, description="sgd only.")
+    trust: float = Field(1e-3, gt=0, description="lars and larc: share of its length that a tensor may move at a rate of 1.")
+    variant: Literal["outside", "classic", "popular", "paper"] = Field(
+        "outside",
+        description="lars only. outside: the rate multiplies the momentum buffer (BYOL, Barlow Twins, VICReg, MoCo v3, DINO); "
+        "classic: it is inside (SimCLR); popular: trust by the length of the buffer; paper: inside, and a sum of lengths.",
+    )
+    trust_clip: bool = Field(False, description="larc only: no step is longer than that of plain SGD.")
+    weight_decay: float = Field(0.05, ge=0, description="Decoupled in adamw, part of the gradient in the others.")
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="Where half a cosine over the run takes the weight decay (DINO: from 0.04 to 0.4)."
+    )
+    decay: Literal["matrices", "above_1d", "all"] = Field(
+        "matrices",
+        description="What decays: weights of linear, convolutional and embedding layers; whatever has two dimensions or more "
+        "and is no bias (DINO, Barlow Twins, VICReg, MoCo v3 with LARS); everything (data2vec, MoCo, SimSiam, SwAV).",
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="Parts of the method, such as `student.projector`, that do not decay in any case."
+    )
+    steady: list[str] = Field(
+        default_factory=list, description="Parts of the method, such as `predictor` (SimSiam), whose rate stays at the peak."
+    )
     warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
+    warmup_from: float | None = Field(
+        None,
+        ge=0,
+        description="Rate of the first update, not scaled; the last one of the warm-up then has the peak (SwAV, DINO). If "
+        "unset, the first has 0 and the one after the warm-up the peak (SimCLR, BYOL).",
+    )
     hold: int = Field(0, ge=0, description="Updates at the peak after the warm-up.")
-    fall: Literal["cosine", "exponential"] = Field("cosine", description="To 0 by half a cosine, or to 1 % of the peak.")
+    fall: Literal["cosine", "exponential", "steps", "none"] = Field(
+        "cosine", description="By half a cosine, by equal factors, to a tenth at each of fall_at, or not at all."
+    )
+    fall_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list, validate_default=True, description="With fall=steps: shares of the run, such as [0.6, 0.8]."
+    )
+    lr_end: float | None = Field(
+        None,
+        ge=0,
+        description="Rate at the end, not scaled; if unset, 0 after a cosine and a hundredth of the peak after an exponential.",
+    )
+    by: Literal["step", "epoch"] = Field(
+        "step", description="epoch: the rate is constant in each epoch (MoCo, SimSiam); warmup and hold are then epochs."
+    )
     clip: float = Field(0.0, ge=0, description="Largest global gradient norm; 0 = no clipping.")
+    clip_each: float = Field(0.0, ge=0, description="Largest gradient norm of each single parameter (DINO); 0 = no clipping.")
+
+    @field_validator("nesterov", "variant", "trust_clip", "warmup_from", "fall_at", "lr_end", "clip_each")
+    @classmethod
+    def _agrees(cls, value: Any, info: Any) -> Any:
+        """Whether a key has something to act on, and contradicts none of those above it."""
+        given = info.data
+        name, fall = given.get("name"), given.get("fall")
+        if info.field_name == "nesterov" and value and (name != "sgd" or not given.get("momentum")):
+            raise ValueError("Nesterov's momentum is for optim.name=sgd with optim.momentum above 0; leave it out")
+        if info.field_name == "variant" and value != "outside" and name != "lars":
+            raise ValueError(f"{value} is a variant of lars, optim.name is {name}; leave it out or set optim.name=lars")
+        if info.field_name == "trust_clip" and value and name != "larc":
+            raise ValueError(f"is for larc, optim.name is {name}; leave it out or set optim.name=larc")
+        if info.field_name == "warmup_from" and value is not None and not given.get("warmup"):
+            raise ValueError(f"{value}, but there is no warm-up; set optim.warmup or leave it out")
+        if info.field_name == "fall_at" and bool(value) != (fall == "steps"):
+            raise ValueError(f"{value}, optim.fall is {fall}; give shares, such as [0.6, 0.8], with optim.fall=steps only")
+        if info.field_name == "lr_end" and value is not None:
+            if fall in ("steps", "none"):
+                raise ValueError(f"{value}, but with optim.fall={fall} the end follows from optim.lr; leave it out")
+            if fall == "exponential" and not value:
+                raise ValueError("0, which equal factors never reach; give a rate above 0 or set optim.fall=cosine")
+        if info.field_name == "clip_each" and value and given.get("clip"):
+            raise ValueError("optim.clip is set too; clip by the norm of all gradients or by each parameter's own, not both")
+        return value
 
 
 class TrainOptions(Options):
@@ -180,13 +261,15 @@ class Recipe(Options):
             found = None
         if kind is None:
             problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
+        wrapped = _sub(raw, "model", "backbone") is not None
         if found is not None and known:
-            _fill(raw, copy.deepcopy(found.defaults.get(name, {})))
-        chosen = recipe_class(name if known else None, found.name if found else None)
+            defaults = copy.deepcopy(found.defaults.get(name, {}))
+            _fill(raw, {block: values for block, values in defaults.items() if block != "model" or not wrapped})
+        chosen = recipe_class(name if known else None, found.name if found else None, wrapped)
         try:
             recipe = chosen.model_validate(raw)
         except ValidationError as error:
-            problems += [explain(issue, chosen) for issue in error.errors()]
+            problems += [explain(issue, chosen) for issue in told(error.errors())]
             recipe = _without(raw, [issue["loc"] for issue in error.errors()], chosen)
         if recipe is not None and known and found:
             problems += recipe.conflicts()
@@ -196,14 +279,25 @@ class Recipe(Options):
         return recipe
 
     def configure(self) -> None:
-        """Write the model options that the views decide, such as the size of a vocabulary, into `model`.
+        """Write the model options that the views decide, such as the size of a vocabulary, into `model`; and those of the
+        model of transformers to start from.
 
         Raises: ValueError that begins with the key that is wrong.
         """
         kind = modality(self.data.modality)
-        if kind.configure is not None:
+        if self.wrapped and self.model.init:  # type: ignore[attr-defined]
+            from mmssl.model import library
+
+            options = library.released(self.model.init, kind.name, self.model.backbone, self.model.options)  # type: ignore[attr-defined]
+            self.model = self.model.model_copy(update={"options": options})
+        elif kind.configure is not None and not self.wrapped:
             decided = kind.configure(self.model.model_dump(exclude={"init"}), self._view_options())
             self.model = self.model.model_copy(update=decided)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the encoder is a model of transformers as it is, instead of the shared transformer."""
+        return getattr(self.model, "backbone", None) is not None
 
     def conflicts(self) -> list[str]:
         """Combinations that cannot work, found by building model and views without memory."""
@@ -212,9 +306,14 @@ class Recipe(Options):
         from mmssl.methods import METHODS
 
         problems = []
-        chosen = METHODS[self.method.name]  # type: ignore[attr-defined]
+        name: str = self.method.name  # type: ignore[attr-defined]
+        chosen = METHODS[name]
+        if self.wrapped and chosen.masks:
+            return [f"model.backbone: {name} hides tokens, which the shared transformer alone can do; leave it out"]
+        if self.wrapped and getattr(self.views, "mask", None) is not None:
+            problems.append("views.mask: a backbone sees whole views; leave it out, or model.backbone")
         if chosen.masks and getattr(self.views, "mask", None) is None:
-            problems.append(f"views.mask: {self.method.name} learns from hidden tokens; give views.mask={{}} or a ratio")  # type: ignore[attr-defined]
+            problems.append(f"views.mask: {name} learns from hidden tokens; give views.mask={{}} or a ratio")
         with torch.device("meta"):
             steps = (("model", self.configure), ("model", self._encoder), ("views", self.build_views), ("method", self.build))
             for block, build in steps:
@@ -241,18 +340,33 @@ class Recipe(Options):
 
     def config(self) -> MmsslConfig:
         """The configuration of the encoder that this recipe trains."""
+        from mmssl.model import library
         from mmssl.model.configuration import MmsslConfig
 
-        return MmsslConfig(modality=self.data.modality, **self.model.model_dump(exclude={"init"}))
+        options = self.model.model_dump(exclude={"init", "freeze_features"})
+        if self.wrapped:
+            return library.configuration(self.data.modality, **options)
+        return MmsslConfig(modality=self.data.modality, **options)
 
     def _encoder(self) -> Any:
-        from mmssl.model.encoder import Encoder
+        from mmssl.model.backbone import Backbone, build_encoder
+        from mmssl.model.norm import synchronised
 
-        return Encoder.from_config(self.config())
+        encoder = build_encoder(self.config())
+        if isinstance(encoder, Backbone):
+            return synchronised(encoder)
+        if self.model.freeze_features:  # type: ignore[attr-defined]
+            encoder.features.requires_grad_(False)
+        return encoder
 
     def build_views(self) -> Any:
         """The view maker of the modality."""
         kind = modality(self.data.modality)
+        if self.wrapped:
+            from mmssl.model.library import inputs_class
+
+            inputs = inputs_class(kind.name)
+            return kind.views(inputs(**_known(inputs, self.model.model_dump())), **self._view_options())
         with_features = kind.features(**_known(kind.features, self.config().to_dict() | {"dim": self.config().hidden_size}))
         return kind.views(with_features, **self._view_options())
 
@@ -350,11 +464,34 @@ def _model(name: str, base: type[BaseModel], fields: dict[str, Any]) -> Any:
     return create_model(name, __base__=base, **fields)
 
 
-@cache
-def recipe_class(method: str | None, kind: str | None) -> type[Recipe]:
-    """The recipe with the options of that method and modality; unchecked blocks where one is unknown."""
-    from mmssl.methods import METHODS
+def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
+    from mmssl.model import library
     from mmssl.model.configuration import MmsslConfig
+
+    core = options_of(MmsslConfig, "modality", "kwargs", "backbone")
+    whole = {name: core.pop(name) for name in ("stem", "zero_init")}
+    fields: dict[str, Any] = {
+        "init": (str | None, Field(None, description="Folder or Hub id of a model of the same shape to start from.")),
+        "backbone": (str | None, Field(None, description="Model type of transformers, or resnet18, resnet34, resnet50.")),
+    }
+    if not wrapped:
+        frozen = Field(False, description="Keep the weights of the feature encoder as they are drawn or loaded.")
+        fields |= {**core, **options_of(kind.features, "dim"), "freeze_features": (bool, frozen)}
+        return _model("Model", Options, fields)
+    options = Field(default_factory=dict, description="Of the config of transformers.")
+    inputs = library.INPUTS.get(kind.name)
+    fields |= {"options": (dict[str, Any], options), **whole, **(options_of(inputs) if inputs else {})}
+    return _model("Model", Options if inputs else _Unchecked, fields)
+
+
+@cache
+def recipe_class(method: str | None, kind: str | None, wrapped: bool = False) -> type[Recipe]:
+    """The recipe with the options of that method and modality; unchecked blocks where one is unknown.
+
+    Args:
+        wrapped: with those of a model of transformers as the encoder, in place of those of the shared transformer.
+    """
+    from mmssl.methods import METHODS
 
     blocks: dict[str, Any] = {"model": (_Unchecked, ...), "method": (_Unchecked, ...), "views": (_Unchecked, ...)}
     if method is not None:
@@ -362,10 +499,7 @@ def recipe_class(method: str | None, kind: str | None) -> type[Recipe]:
         blocks["method"] = (_model("Method", _ScheduleOptions, {"name": (Literal[method], method), **fields}), ...)
     if kind is not None:
         found: Modality = modality(kind)
-        core = options_of(MmsslConfig, "modality", "kwargs")
-        start = Field(None, description="Folder of a model of the same shape whose weights to start from.")
-        fields = {"init": (str | None, start), **core, **options_of(found.features, "dim")}
-        blocks["model"] = (_model("Model", Options, fields), ...)
+        blocks["model"] = (_model_block(found, wrapped), ...)
         views = _model("Views", Options, options_of(found.views, "features"))
         blocks["views"] = (views, Field(default_factory=dict, validate_default=True))
     return _model("Recipe", Recipe, blocks)
@@ -488,7 +622,7 @@ def nearest(found: Any, names: typing.Iterable[str]) -> str:
 
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the options at that place: of a block, or of a dataclass inside one, perhaps in a union."""
-    for step in location:
+    for step in (part for part in location if not isinstance(part, int)):
         fields = _fields(model)
         if step not in fields:
             return []
@@ -505,11 +639,17 @@ def _fields(kind: Any) -> dict[str, Any]:
     return {name: inner for choice in typing.get_args(kind) for name, inner in _fields(choice).items()}
 
 
+CHOICES = ("function-", "Schedule", "float", "list[")  # how pydantic names the choices of a union
+
+
+def told(issues: list[Any]) -> list[Any]:
+    """Those issues that are about what was given: a list that is wrong inside is not also wrong for being no name."""
+    return [issue for issue in issues if issue["loc"][-1:] != ("str",) or not isinstance(issue["input"], list)]
+
+
 def explain(issue: Any, model: type[BaseModel]) -> str:
     """One line for one pydantic error: key, finding, what is allowed, the nearest valid name."""
-    location = tuple(
-        part for part in issue["loc"] if isinstance(part, int) or not str(part).startswith(("function-", "Schedule", "float"))
-    )
+    location = tuple(part for part in issue["loc"] if isinstance(part, int) or not str(part).startswith(CHOICES))
     where = ".".join(str(part) for part in location) or "recipe"
     kind, message = issue["type"], issue["msg"].removeprefix("Value error, ")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):

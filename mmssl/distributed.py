@@ -13,42 +13,78 @@ from torch.distributed import ProcessGroup
 from mmssl.errors import RecipeError
 
 
-def rank() -> int:
+def rank(group: ProcessGroup | None = None) -> int:
     """This process's position, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
-def world() -> int:
+def world(group: ProcessGroup | None = None) -> int:
     """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Sum over ranks, no gradient. The input is left as it is."""
-    if world() == 1:
+    if world(group) == 1:
         return x
-    x = x.clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x
 
 
 def all_max(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Maximum over ranks, no gradient."""
-    if world() == 1:
+    if world(group) == 1:
         return x
-    x = x.clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
 
 
-def gather_rows(x: Tensor) -> Tensor:
+def gather_rows(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Rows of all ranks, interleaved as they were dealt out: row j of rank r lands at j*world + r. No gradient; equal sizes."""
-    if world() == 1:
+    if world(group) == 1:
         return x
-    mine = x.contiguous().cuda() if dist.get_backend() == "nccl" else x.contiguous()  # nccl has no CPU tensors
-    parts = [torch.empty_like(mine) for _ in range(world())]
-    dist.all_gather(parts, mine)
+    mine = x.contiguous().cuda() if dist.get_backend(group) == "nccl" else x.contiguous()  # nccl has no CPU tensors
+    parts = [torch.empty_like(mine) for _ in range(world(group))]
+    dist.all_gather(parts, mine, group=group)
     return torch.stack(parts, dim=1).flatten(0, 1).to(x.device)
+
+
+# A row counts in the losses of all ranks, so both gradients are sums over ranks. DDP divides by their number, which gives the
+# gradient of the mean over ranks: exact where each rank has the mean over its own rows, and where each has the whole loss.
+
+
+def gather(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Rows of all ranks in global order, as `gather_rows`, with gradient. x: (B, ...) -> (world*B, ...)."""
+    return x if world(group) == 1 else _Gather.apply(x, group)  # type: ignore[return-value]
+
+
+def sum_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum over ranks, as `all_sum`, with gradient."""
+    return x if world(group) == 1 else _SumRanks.apply(x, group)  # type: ignore[return-value]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return gather_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return sum_ranks(upstream, ctx.group)[rank(ctx.group) :: world(ctx.group)], None
+
+
+class _SumRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return all_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return sum_ranks(upstream, ctx.group), None
 
 
 def barrier() -> None:

@@ -5,6 +5,7 @@ Without micro-batches, unequal numbers of tokens on several ranks, probes, check
 accelerate launch recipes/no_trainer.py RECIPE [key=value ...]
 """
 
+import math
 import sys
 
 import torch
@@ -20,7 +21,7 @@ from mmssl.errors import RecipeError
 from mmssl.random import row_keys
 from mmssl.registry import modality
 from mmssl.training.objective import Objective
-from mmssl.training.optim import build_optimizer, schedule, set_rates
+from mmssl.training.optim import build_optimizer, clip_each, schedule, set_rates
 from mmssl.types import Clock
 
 
@@ -49,21 +50,30 @@ def train(recipe: Recipe) -> list[float]:
     steps = keys.steps = recipe.train.steps or round((recipe.train.epochs or 1) * per_epoch)
     loader = DataLoader(data, batch_sampler=keys, collate_fn=data.collate, num_workers=recipe.data.workers)
 
-    objective = Objective(recipe.build()).to(accelerator.device)
-    optimizer, rate = build_optimizer(objective, recipe.optim), schedule(recipe.optim)
+    method = recipe.build()
+    if method.chooses or method.needs_description(Clock()):
+        raise RecipeError(f"{recipe.method.name} clusters all samples before a pass: it is for `mmssl pretrain`.")  # type: ignore[attr-defined]
+    method.attach(source.size, seed)
+    objective = Objective(method).to(accelerator.device)
+    rate = schedule(recipe.optim, recipe.train.global_batch, steps / per_epoch)
+    optimizer = build_optimizer(objective, recipe.optim, rate)
     model, optimizer = accelerator.prepare(objective, optimizer)
     losses = []
     for step, batch in enumerate(loader):
         clock = Clock(step, steps, step // per_epoch)
-        set_rates(optimizer, rate(clock))
+        if step % per_epoch == 0:
+            method.on_epoch(clock)
+        method.before_step(clock)
+        set_rates(optimizer, rate(clock), clock, method)
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         out = model(batch, row_keys(seed, step, 0, len(batch["index"]), rank, world), clock)
         accelerator.backward(out["total"])
         if recipe.optim.clip:
             accelerator.clip_grad_norm_(objective.parameters(), recipe.optim.clip)
+        clip_each(objective.parameters(), recipe.optim.clip_each or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        objective.method.after_step(clock._replace(step=step + 1))  # the teacher moves after the student
+        method.after_step(clock._replace(step=step + 1))  # the teacher moves after the student
         losses.append(float(out["loss"]))
         if accelerator.is_main_process and step % recipe.train.log_every == 0:
             print(f"step {step}  loss {losses[-1]:.5f}")

@@ -3,18 +3,31 @@
 mmssl probe MODEL data=FOLDER freezes the model and classifies the `test` split by the features of the `train` split:
 weighted 20-nearest-neighbour (cosine, temperature 0.07) and logistic regression on standardised features. If there is no
 test split, a tenth is held out. Raw values are measured alongside.
+
+protocol=NAME[,NAME...] measures as papers do, instead of the logistic regression: knn, knn-dino, knn-200, moco, simclr,
+simclr-lbfgs, byol, simsiam, swav, barlow, vicreg, mocov3-resnet, mocov3-vit, dino, dino-resnet, mae-linear, cifar, solo-learn,
+lightly, grid. Most of them encode the training samples anew in each epoch, under random crops: augment=false encodes them
+once, epochs=N makes them shorter, and the output says what was changed. Compare numbers of the same protocol only. Rates and
+batches of many are those of ImageNet: a small data set gives such a protocol few updates; grid finds a rate by itself.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from mmssl.cli.options import parse
 
 OPTIONS = {
     "data": (str, ..., "labelled folder, table or Hub id"),
+    "protocol": (str, None, "how papers measure; one or a comma list, see above"),
+    "labels": (float, None, "learn from this share of the labels, or from so many samples of each class (1 or more)"),
+    "epochs": (int, None, "instead of the protocol's"),
+    "lr": (float, None, "instead of the protocol's, before it is scaled with the batch"),
+    "batch": (int, None, "instead of the protocol's"),
+    "augment": (bool, None, "random views of the training samples in each epoch, instead of the protocol's choice"),
     "random": (bool, False, "measure a freshly initialised model of the same shape as well"),
-    "seed": (int, 0, "of the freshly initialised model"),
+    "seed": (int, 0, "of the freshly initialised model, of labels, and of the protocols' draws"),
     "train": (str, "train", "split that is remembered"),
     "test": (str, "test", "split that is classified"),
     "samples": (int, 5000, "at most this many samples of each split"),
@@ -34,17 +47,45 @@ def run(arguments: list[str]) -> int:
     as_json = given.pop("json")
     from mmssl.evaluate.probe import probe
 
-    results = probe(given.pop("model"), given.pop("data"), **{n: v for n, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    results = probe(given.pop("model"), given.pop("data"), **given)
     print(json.dumps(results) if as_json else table(results))
     return 0
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Rows raw, random, model; columns k-NN, linear and, if measured, linear with a group left out."""
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Rows raw, random, model; columns k-NN, linear and, if measured, linear with a group left out. Then a row per protocol."""
     names = {"knn": "k-NN", "linear": "linear", "left_out": "left out"}
     names = {key: name for key, name in names.items() if any(key in scores for scores in results.values())}
     rows = [f"{'':14}" + "".join(f"{name:>10}" for name in names.values())]
     for name, scores in results.items():
-        cells = (f"{scores[key]:.1%}" if key in scores else "-" for key in names)
-        rows.append(f"{name:14}" + "".join(f"{cell:>10}" for cell in cells))
+        if scores.keys() & names.keys():
+            cells = (f"{scores[key]:.1%}" if key in scores else "-" for key in names)
+            rows.append(f"{name:14}" + "".join(f"{cell:>10}" for cell in cells))
+    measured = {name: scores["protocols"] for name, scores in results.items() if "protocols" in scores}
+    if measured:
+        rows += ["", f"{'protocol':14}" + "".join(f"{name:>10}" for name in measured)]
+        for protocol, found in measured["model"].items():
+            cells = "".join(f"{scores[protocol]['accuracy']:>10.1%}" for scores in measured.values())
+            rows.append(f"{protocol:14}{cells}  {_told(found)}")
+    if "labels" in results:
+        n, least, most = results["labels"].values()
+        each = f"{least}" if least == most else f"{least} to {most}"
+        rows += ["", f"learned from {n} labels, {each} of each class"]
     return "\n".join(rows)
+
+
+def _told(found: dict[str, Any]) -> str:
+    """What an accuracy was reached with, what was chosen from how many, and what the protocol says otherwise."""
+    said = {"neighbours": "k", "temperature": "T", "weight_decay": "decay"}
+    names = ("neighbours", "temperature", "l2", "lr", "weight_decay", "epochs", "batch", "augment")
+    text = ", ".join(f"{said.get(name, name)} {_number(found[name])}" for name in names if name in found)
+    if "all" in found:
+        text += f"; best of {len(found['all'])}" + (" on held-out training data" if "held_out" in found else "")
+    changed = ", ".join(f"{said.get(n, n)} {_number(v)}" for n, v in found.get("overridden", {}).items())
+    return text + (f"; NOT the protocol's {changed}" if changed else "")
+
+
+def _number(value: Any) -> str:
+    values = value if isinstance(value, tuple) else (value,)
+    return " | ".join(str(v).lower() if isinstance(v, bool) else f"{v:g}" for v in values)

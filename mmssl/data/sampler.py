@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class KeyBatches(Sampler[list[tuple[int, ...]]]):
         longest: int | None = None,
         buckets: int = BUCKETS,
         budget: int | None = None,
+        order: Callable[[int], Tensor | None] | None = None,
     ):
         """Check the sizes.
 
@@ -50,13 +51,15 @@ class KeyBatches(Sampler[list[tuple[int, ...]]]):
             longest: length of the longest view, to which longer samples are cut.
             buckets: groups of like lengths, all of as many samples.
             budget: units of length in a micro-batch; micro_batch times the longest view that occurs if None.
+            order: gives the samples of an epoch, at least as many as its updates take, for a method that chooses them; None
+                for the keyed order of all.
         Raises: RecipeError if ranks and micro-batches cannot share a global batch, or if the data do not fill one.
         """
         check_batch(samples if lengths is None else None, global_batch, micro_batch, world)
         self.rank, self.world, self.steps, self.seed, self.start_step = rank, world, steps, seed, start_step
         self.shares = global_batch // micro_batch  # micro-batches of an update, of all ranks
         self.accumulation = self.shares // world  # of one rank
-        self.plan: Shuffled | Buckets = Shuffled(samples, global_batch)
+        self.plan: Shuffled | Buckets = Shuffled(samples, global_batch, order)
         if lengths is not None:
             self.plan = Buckets(lengths, longest, buckets, self.shares, micro_batch, budget)
         self.epoch_length = len(self.plan.cuts) - 1  # updates
@@ -83,12 +86,13 @@ class KeyBatches(Sampler[list[tuple[int, ...]]]):
 class Shuffled:
     """All samples in the order of (seed, "order", epoch), cut into equal updates."""
 
-    def __init__(self, samples: int, global_batch: int):
-        self.samples, self.cuts = samples, range(0, samples + 1, global_batch)
+    def __init__(self, samples: int, global_batch: int, order: Callable[[int], Tensor | None] | None = None):
+        self.samples, self.cuts, self.order = samples, range(0, samples + 1, global_batch), order
 
     def epoch(self, seed: int, epoch: int) -> tuple[Tensor, Sequence[int]]:
         """The samples in order, and which update comes when."""
-        return permutation(self.samples, seed, "order", epoch), range(len(self.cuts) - 1)
+        chosen = self.order(epoch) if self.order is not None else None
+        return permutation(self.samples, seed, "order", epoch) if chosen is None else chosen, range(len(self.cuts) - 1)
 
     def least(self, update: Tensor) -> tuple[int, ...]:
         """No length is known."""

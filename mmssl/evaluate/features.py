@@ -14,9 +14,9 @@ from mmssl.config import DataOptions, WatchOptions
 from mmssl.data.dataset import start_worker
 from mmssl.data.sources import Source, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
-from mmssl.errors import DataError
+from mmssl.errors import DataError, RecipeError
 from mmssl.registry import Modality, Views
-from mmssl.types import Batch, Rejected
+from mmssl.types import Batch, Rejected, View
 
 CACHE_BYTES = 256 << 20  # decoded evaluation sets up to this size stay in memory
 BATCH, PADDED = 128, 16  # samples at once; fewer where all are padded to the longest
@@ -50,7 +50,7 @@ class PlainSet(Dataset):
         A sample that is padding only, too short for a single frame, is not valid.
         """
         try:
-            view = self.views.plain([sample["sample"] for sample in samples])
+            view = self._view(samples)
         except Rejected:  # decoded, yet without a single token: others stand in
             good = [sample for sample in samples if self._fits(sample["sample"])]
             if not good:
@@ -58,11 +58,14 @@ class PlainSet(Dataset):
                     f"The probes find no usable sample, {self.source.identity(samples[0]['index'])} for one."
                 ) from None
             samples = [s if self._fits(s["sample"]) else {**good[0], "valid": False} for s in samples]
-            view = self.views.plain([sample["sample"] for sample in samples])
+            view = self._view(samples)
         rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("index", "label", "valid")}
         if view.pad is not None:
             rest["valid"] &= ~view.pad.all(1)
         return Batch([view], rest["index"]).tensors() | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
+
+    def _view(self, samples: Sequence[dict[str, Any]]) -> View:
+        return self.views.plain([sample["sample"] for sample in samples])
 
     def _fits(self, sample: Any) -> bool:
         try:
@@ -70,6 +73,21 @@ class PlainSet(Dataset):
         except Rejected:
             return False
         return True
+
+
+class DrawnSet(PlainSet):
+    """The same samples under random views, drawn by (seed, epoch, index): of images a crop that may be flipped."""
+
+    def __init__(self, plain: PlainSet, seed: int, epoch: int):
+        super().__init__(plain.source, plain.kind, plain.views, plain.indices)
+        self.seed, self.epoch = seed, epoch
+
+    def _view(self, samples: Sequence[dict[str, Any]]) -> View:
+        def drawn(sample: dict[str, Any]) -> dict[str, Tensor]:
+            place = self.seed, "probe-views", self.epoch, sample["index"]
+            return self.views(sample["sample"], lambda view: random.generator(*place, view))
+
+        return self.views.collate([drawn(sample) for sample in samples])[0]
 
 
 class Sets(NamedTuple):
@@ -88,6 +106,10 @@ class Loaded:
         self.data, self.batch, self.workers = data, batch, workers
         self.kept: list[dict[str, Tensor]] | None = None
 
+    def drawn(self, seed: int, epoch: int) -> Loaded:
+        """The same samples under an epoch's random views."""
+        return Loaded(DrawnSet(self.data, seed, epoch), self.batch, self.workers)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.kept is not None:
             yield from self.kept
@@ -97,8 +119,9 @@ class Loaded:
         chunk = self.batch * world()
         order = [min(i, n - 1) for i in range(-(-n // chunk) * chunk)]
         mine = [order[start + rank() : start + chunk : world()] for start in range(0, len(order), chunk)]
+        workers = self.workers if len(mine) > 1 else 0  # starting them takes longer than a batch
         loader = DataLoader(
-            self.data, batch_sampler=mine, collate_fn=self.data.collate, num_workers=self.workers, worker_init_fn=start_worker
+            self.data, batch_sampler=mine, collate_fn=self.data.collate, num_workers=workers, worker_init_fn=start_worker
         )
         kept, size = [], 0
         for batch in loader:
@@ -110,26 +133,34 @@ class Loaded:
 
 
 @torch.no_grad()
-def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], keep_all: bool = False) -> dict[str, Tensor]:
     """Run a model over a set.
 
     Args:
         run: flat batch -> `embedding` (B, D) and whatever else has B rows. A collective if the model is sharded.
-    Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`.
+        keep_all: give a row for unreadable samples too, that of the one that stands in.
+    Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`, `index`.
     """
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
         out = {name: tensor.float().cpu() for name, tensor in run(batch).items()}
-        out |= {"label": batch["label"], "raw": batch["raw"], "valid": batch["valid"].to(torch.int64)}
+        out |= {name: batch[name] for name in ("label", "raw", "index")} | {"valid": batch["valid"].to(torch.int64)}
         for name, tensor in out.items():
             rows.setdefault(name, []).append(gather_rows(tensor))
     whole = {name: torch.cat(parts)[: len(batches.data)] for name, parts in rows.items()}
-    keep = whole.pop("valid").bool()
+    keep = whole.pop("valid").bool() | keep_all
     return {name: tensor[keep] for name, tensor in whole.items()}
 
 
-def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Views, seed: int) -> Sets:
-    """The sets of `watch`: memory and test split, or a keyed tenth of the memory if there is no test split."""
+def open_sets(
+    data: DataOptions, watch: WatchOptions, kind: Modality, views: Views, seed: int, few: tuple[float, int] | None = None
+) -> Sets:
+    """The sets of `watch`: memory and test split, or a keyed tenth of the memory if there is no test split.
+
+    Args:
+        few: share and seed of the labelled part that is the memory, see `few_labels`. Raises: RecipeError if it is larger than
+            `watch.samples`.
+    """
     where = data.model_copy(update={"path": watch.path or data.path, "streaming": False, "limit": None})
     source = open_source(where, kind, watch.train if watch.path or watch.train in splits(where, kind) else data.split)
 
@@ -138,16 +169,24 @@ def open_sets(data: DataOptions, watch: WatchOptions, kind: Modality, views: Vie
     def loaded(of: Source, indices: Tensor) -> Loaded:
         return Loaded(PlainSet(of, kind, views, indices.sort().values.tolist()), batch, min(data.workers, 2))
 
+    def remembered(indices: Tensor) -> Loaded:
+        if few is not None and source.labels is not None:
+            indices = few_labels(indices, source.labels[indices], *few)
+            if len(indices) > watch.samples:
+                n = len(indices)
+                raise RecipeError(f"samples: {watch.samples}, but labels={few[0]:g} takes {n} of them; give samples={n}.")
+        return loaded(source, indices[: watch.samples])
+
     order = labelled(source, random.permutation(source.size, seed, "watch"))
     if source.label is None:
-        return Sets(loaded(source, order[: watch.samples]), None, 0, watch.train)
+        return Sets(remembered(order), None, 0, watch.train)
     if watch.test in splits(where, kind):
         test = open_source(where, kind, watch.test)
         chosen = labelled(test, random.permutation(test.size, seed, "watch-test"))[: watch.samples]
-        return Sets(loaded(source, order[: watch.samples]), loaded(test, chosen), source.classes, watch.test)
+        return Sets(remembered(order), loaded(test, chosen), source.classes, watch.test)
     held = held_out(source, seed)
     memory = order[~torch.isin(order, held)]
-    return Sets(loaded(source, memory[: watch.samples]), loaded(source, held[: watch.samples]), source.classes, "heldout")
+    return Sets(remembered(memory), loaded(source, held[: watch.samples]), source.classes, "heldout")
 
 
 def labelled(source: Source, indices: Tensor) -> Tensor:
@@ -159,3 +198,29 @@ def held_out(source: Source, seed: int) -> Tensor:
     """A keyed tenth of the labelled samples, for a data set without a test split."""
     order = labelled(source, random.permutation(source.size, seed, "watch"))
     return order[: max(1, len(order) // 10)]
+
+
+def few_labels(indices: Tensor, classes: Tensor, share: float, seed: int) -> Tensor:
+    """A class-balanced part of a labelled set; a smaller part lies within a larger one of the same seed.
+
+    Args:
+        indices: (n,) positions of the samples.  classes: (n,) their classes.
+        share: below 1 of the samples, as many of each class; from 1 on, so many samples of each class.
+    Returns: positions; at least one of each class, and all of a class that has too few.
+    Raises: RecipeError if `share` is neither a share nor a whole number.
+    """
+    if not (0 < share < 1 or (share >= 1 and share % 1 == 0)):
+        raise RecipeError(f"labels: {share:g}, must be a share between 0 and 1 or a whole number of samples of each class.")
+    each = int(share) if share >= 1 else max(1, round(share * len(indices) / len(classes.unique())))
+    # By position, whatever order the samples come in.
+    place = indices.argsort()
+    return indices[place][rank_in_class(classes[place], seed, "labels") < each]
+
+
+def rank_in_class(classes: Tensor, *key: int | str) -> Tensor:
+    """(n,) int64: the place of each sample among those of its class, 0 first, in the order that the key gives."""
+    order = random.permutation(len(classes), *key)
+    grouped = order[classes[order].argsort(stable=True)]  # one class after the other, each in keyed order
+    sizes = classes.bincount()
+    first = (sizes.cumsum(0) - sizes)[classes[grouped]]
+    return torch.empty_like(order).scatter_(0, grouped, torch.arange(len(order)) - first)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmssl.losses.prediction import at_least_fp32
+
+
+@dataclass(frozen=True)
+class Knn:
+    """How a paper votes. Of several numbers of neighbours the best is reported, with all."""
+
+    neighbours: tuple[int, ...] = (20,)
+    temperature: float = 0.07
 
 
 @torch.no_grad()
@@ -20,15 +32,36 @@ def knn_scores(
     Returns: (Q, classes) sums of weights.
     Source: arXiv:1805.01978, section 3.4; the protocol of DINO, arXiv:2104.14294.
     """
-    bank, queries, k = F.normalize(bank.float(), dim=-1), F.normalize(queries.float(), dim=-1), min(k, len(bank))
-    scores = torch.zeros(len(queries), classes, device=bank.device)
-    for start in range(0, len(queries), block):
-        similarity, index = (queries[start : start + block] @ bank.T).topk(k, dim=1)
-        scores[start : start + block].scatter_add_(1, labels[index], (similarity / temperature).exp())
-    return scores
+    return _votes(*_nearest(bank, labels, queries, k, block), classes, temperature)
 
 
 def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 20, temperature: float = 0.07) -> float:
     """Share of queries whose class has the largest vote, 0..1."""
+    (accuracy,) = knn_accuracies(bank, labels, queries, truth, (k,), temperature).values()
+    return accuracy
+
+
+@torch.no_grad()
+def knn_accuracies(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float = 0.07
+) -> dict[int, float]:
+    """The same for several numbers of neighbours; those beyond the bank count as the whole bank."""
     classes = int(max(labels.max(), truth.max())) + 1
-    return float((knn_scores(bank, labels, queries, classes, k, temperature).argmax(1) == truth).float().mean())
+    similarity, votes = _nearest(bank, labels, queries, max(neighbours))
+    return {
+        k: float((_votes(similarity[:, :k], votes[:, :k], classes, temperature).argmax(1) == truth).float().mean())
+        for k in dict.fromkeys(min(k, len(bank)) for k in neighbours)
+    }
+
+
+def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, block: int = 1024) -> tuple[Tensor, Tensor]:
+    """Cosines and labels of the k nearest, most similar first, both (Q, k)."""
+    bank, queries = (F.normalize(at_least_fp32(x), dim=-1) for x in (bank, queries))
+    similarity, index = zip(*((rows @ bank.T).topk(min(k, len(bank)), dim=1) for rows in queries.split(block)))
+    return torch.cat(similarity), labels[torch.cat(index)]
+
+
+def _votes(similarity: Tensor, votes: Tensor, classes: int, temperature: float) -> Tensor:
+    """(Q, k) and (Q, k) -> (Q, classes)."""
+    scores = similarity.new_zeros(len(similarity), classes)
+    return scores.scatter_add_(1, votes, (similarity / temperature).exp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
-from mmssl.evaluate.linear import linear_accuracy
+from mmssl.evaluate.linear import Linear, linear_accuracy
+from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
 from mmssl.hub.export import load_encoder
 from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
 
 
-def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any]) -> tuple[Sets, DataOptions]:
+def _open(
+    model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any], few: tuple[float, int] | None = None
+) -> tuple[Sets, DataOptions]:
     kind = modality_of(model, options.pop("modality", None))
     try:
         watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
@@ -35,7 +39,7 @@ def _open(model: torch.nn.Module, path: str | Path, data: str, options: dict[str
         views = kind.plain_views(model, path)
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
-    return open_sets(where, watch, kind, views, seed=0), where
+    return open_sets(where, watch, kind, views, 0, few), where
 
 
 def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
@@ -91,7 +95,7 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     if own is not None and (_ours(model) or view.x.ndim == 4):
         return own.flatten(1)
     if view.pad is None:
-        return tokens.mean(1).flatten(1)
+        return tokens.flatten(2).mean(2) if tokens.ndim == 4 else tokens.mean(1).flatten(1)
     valid, frames = ~view.pad, getattr(model, "_get_feature_vector_attention_mask", None)
     if frames is not None:
         valid = frames(tokens.shape[1], inputs["attention_mask"])
@@ -99,17 +103,44 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
-def _runner(model: torch.nn.Module) -> Any:
-    """Flat batch -> pooled embedding."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _runner(model: torch.nn.Module, cls_layers: int = 0) -> Any:
+    """Flat batch -> pooled `embedding` (B, D), and the `cls` tokens of the last layers (B, cls_layers, D) if asked for."""
+    device = _device()
     model.to(device).eval()
 
     def run(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         (view,) = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.items()}).views
         inputs = inputs_of(view, model)
-        return {"embedding": pooled(model(**inputs), view, inputs, model)}
+        out = model(**inputs, **({"output_hidden_states": True} if cls_layers else {}))
+        found = {"embedding": pooled(out, view, inputs, model)}
+        return found | ({"cls": cls_tokens(out, model, cls_layers)} if cls_layers else {})
 
     return run
+
+
+def cls_tokens(out: Any, model: Any, layers: int) -> Tensor:
+    """(B, layers, D): the cls tokens of the last layers, each through the norm at the end of the model, as in DINO.
+
+    Layers that the model lacks are left out.
+    """
+    norm = model.encoder.transformer.norm
+    return torch.stack([norm(tokens)[:, 0] for tokens in out.hidden_states[-layers:]], dim=1)
+
+
+def _cls_layers(protocols: dict[str, Protocol], model: Any) -> int:
+    """The most that a protocol takes. Raises: RecipeError if the model has no cls token."""
+    taking = {name: p.cls_layers for name, p in protocols.items() if isinstance(p, Linear) and p.cls_layers}
+    transformer = getattr(getattr(model, "encoder", None), "transformer", None)
+    if taking and not (_ours(model) and getattr(transformer, "extra_tokens", 0)):
+        raise RecipeError(
+            f"protocol: {', '.join(taking)} concatenates cls tokens, which this {type(model).__name__} does not have or does "
+            "not show; dino-resnet takes pooled features."
+        )
+    return max(taking.values(), default=0)
 
 
 def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
@@ -126,47 +157,97 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
 
 
 def probe(
-    model: str | Path, data: str, random: bool = False, seed: int = 0, group: str | None = None, **options: Any
-) -> dict[str, dict[str, float]]:
+    model: str | Path,
+    data: str,
+    random: bool = False,
+    seed: int = 0,
+    group: str | None = None,
+    protocol: str | Sequence[str] | None = None,
+    labels: float | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    augment: bool | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
 
     Args:
         model: folder or Hub id.  data: labelled folder, table or Hub id.
         random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
+        seed: of that, of `labels`, and of the draws of protocols.
         group: column, such as the speaker, whose values are left out one by one in a further linear probe over both splits.
+        protocol: names of `mmssl.evaluate.protocols.PROTOCOLS`, one, several or a comma list, in place of the usual linear
+            probe.
+        labels: learn from a class-balanced part of the training split only: a share below 1, or that many samples of each
+            class. Parts of the same seed lie within each other.
+        epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
+            Without `augment` features are computed once and not for each epoch.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
-        `left_out`, the mean accuracy on a value that the classifier has not seen.
-    Raises: RecipeError if the data have no labels.
+        `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
+        `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
+        `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
+    Raises: RecipeError if the data have no labels, or an option is wrong.
     """
-    network = load_encoder(model)
     k = int(options.get("neighbours", 20))
-    sets, where = _open(network, model, data, options)
+    changes = {"epochs": epochs, "lr": lr, "batch": batch, "augment": augment}
+    if protocol is None and any(value is not None for value in changes.values()):
+        name = next(name for name, value in changes.items() if value is not None)
+        raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
+    protocols = {} if protocol is None else choose(protocol, k, **changes)
+    network = load_encoder(model)
+    layers = _cls_layers(protocols, network)
+    sets, where = _open(network, model, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
     groups = [_groups(part, where, group) if group else None for part in (sets.train, sets.test)]
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, Any] = {}
     networks = {"model": network}
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             networks = {"random": type(network)(network.config), **networks}
     for name, candidate in networks.items():
-        run = _runner(candidate)
+        run = _runner(candidate, layers)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
         if "raw" not in results:
             centre = bank["raw"].mean(0)
             results["raw"] = {"knn": knn_accuracy(bank["raw"] - centre, bank["label"], test["raw"] - centre, test["label"], k)}
-        results[name] = {
-            "knn": knn_accuracy(bank["embedding"], bank["label"], test["embedding"], test["label"], k),
-            "linear": linear_accuracy(bank["embedding"], bank["label"], test["embedding"], test["label"]),
-        }
+            if labels is not None:
+                sizes = bank["label"].bincount()
+                results["labels"] = {"samples": len(bank["label"]), "least": int(sizes.min()), "most": int(sizes.max())}
+        features = bank["embedding"], bank["label"], test["embedding"], test["label"]
+        results[name] = {"knn": knn_accuracy(*features, k)}
+        if protocols:
+            results[name]["protocols"] = _measured(protocols, sets, run, bank, test, seed)
+        else:
+            results[name]["linear"] = linear_accuracy(*features)
         if group:
             both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
             if "left_out" not in results["raw"]:
                 results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
             results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
     return results
+
+
+def _measured(
+    protocols: dict[str, Protocol],
+    sets: Sets,
+    run: Any,
+    bank: Rows,
+    test: Rows,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """The protocols on the device that the model is on."""
+
+    def moved(rows: Rows) -> dict[str, Tensor]:
+        return {name: rows[name].to(_device()) for name in ("embedding", "cls", "label", "index") if name in rows}
+
+    def drawn(epoch: int) -> dict[str, Tensor]:
+        return moved(embed_set(sets.train.drawn(seed, epoch), run))
+
+    return measure(protocols, moved(bank), moved(test), sets.classes, seed, drawn)
 
 
 def _groups(part: Loaded, where: DataOptions, column: str) -> Tensor:

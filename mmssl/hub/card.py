@@ -18,8 +18,15 @@ def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None
 
     own = architecture == "MmsslModel"
     trust = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed" if own else ")"
-    first = recipe.model.extra_tokens  # type: ignore[attr-defined]  # content comes after cls
-    pooled = ".pooler_output" if own else f".last_hidden_state[:, {first}:].mean(1)  # of one sample, without padding"
+    if own:
+        pooled = ".pooler_output"
+    elif recipe.wrapped:
+        pooled = ".pooler_output.flatten(1)"
+    else:
+        first = recipe.model.extra_tokens  # type: ignore[attr-defined]  # content comes after cls
+        pooled = f".last_hidden_state[:, {first}:].mean(1)  # of one sample, without padding"
+    stem = " with a small stem" if recipe.wrapped and recipe.model.stem == "small" else ""  # type: ignore[attr-defined]
+    shape = f"{recipe.model.backbone}{stem} ({architecture})" if recipe.wrapped else architecture  # type: ignore[attr-defined]
     loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
     name = recipe.method.name  # type: ignore[attr-defined]
     rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
@@ -33,7 +40,7 @@ tags: [self-supervised, {recipe.data.modality}, {name}]
 # {recipe.data.modality} encoder, {name}
 
 The {which} of a {name} run ({METHODS[name].paper}), {length} of {recipe.train.global_batch} samples.
-Trained without labels by mmssl.
+Architecture: {shape}. Trained without labels by mmssl.
 
 ```python
 from transformers import AutoModel, {loader}

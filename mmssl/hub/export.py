@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from mmssl.config import Recipe
@@ -24,11 +24,12 @@ from mmssl.files import umask
 from mmssl.hub.card import card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
+from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.modeling import MmsslModel
 from mmssl.redaction import redact
-from mmssl.registry import modalities, modality
+from mmssl.registry import Modality, modalities, modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
 
@@ -57,7 +58,7 @@ def export_encoder(
     # A teacher may share parts of the student, which it then does not hold itself.
     weights = {n.removeprefix(s): t for s in (STEMS["student"], STEMS[which]) for n, t in tensors.items() if n.startswith(s)}
     config, kind = recipe.config(), modality(recipe.data.modality)
-    native = import_module(kind.native).to_native(config, weights) if kind.native else None
+    native = _native(config, kind, weights)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModel.from_config(native[0]) if native else _own(config)
     named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
@@ -80,6 +81,15 @@ def export_encoder(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
+    """Config and weights of the same encoder in transformers; None if it has no class of that structure."""
+    if not config.backbone:
+        return import_module(kind.native).to_native(config, weights) if kind.native else None
+    if config.stem == "small":
+        return None
+    return AutoConfig.for_model(**config.backbone), {name.removeprefix("model."): t for name, t in weights.items()}
 
 
 def _own(config: MmsslConfig) -> MmsslModel:
@@ -156,16 +166,28 @@ def _shared(model: PreTrainedModel) -> torch.nn.Module:
     return model
 
 
-def load_weights(encoder: Encoder, path: str | Path) -> None:
+def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
     """Start an encoder from a model of the same shape. Raises: RecipeError naming what does not fit."""
     try:
-        model = load_encoder(path)
+        model: Any = load_encoder(path)
     except RecipeError as error:
         raise RecipeError(f"model.init: {error}") from None
-    if not isinstance(model, MmsslModel):
-        raise RecipeError(f"model.init: {path} is a {type(model).__name__}; the shared transformer has another structure.")
-    saved, own = model.encoder.state_dict(), encoder.state_dict()
+    own = encoder.state_dict()
+    if isinstance(model, MmsslModel):
+        saved = model.encoder.state_dict()
+    elif isinstance(encoder, Backbone):
+        saved = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    else:
+        raise RecipeError(
+            f"model.init: {path} is a {type(model).__name__}; the shared transformer has another structure. "
+            f"With model.backbone={model.config.model_type} it is the encoder as it is."
+        )
     wrong = sorted({*own} ^ {*saved}) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if wrong and isinstance(encoder, Backbone):
+        raise RecipeError(
+            f"model.init: {path} has other weights than the recipe's backbone; first difference: {wrong[0]}. Without "
+            "model.options its own are used; model.stem, model.channels and model.image_size must be those of the model."
+        )
     if wrong:
         config = model.config.to_dict()
         named = ("hidden_size", "depth", "prenet_depth", "heads", "image_size", "patch_size", "vocab_size", "conv_channels")

@@ -13,6 +13,7 @@ CORE = (
     "mmssl.model.positions",
     "mmssl.model.configuration",
     "mmssl.model.encoder",
+    "mmssl.model.backbone",
 )
 
 

@@ -9,14 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmssl.losses.numerics import at_least_fp32, same_shape, unit_rows
 from mmssl.types import Mask
 
 Norm = Literal["instance", "layer", "none"]
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """float32 for lower precisions, unchanged otherwise."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def instance_norm(x: Tensor, eps: float = 1e-5, pad: Tensor | None = None) -> Tensor:
@@ -91,3 +87,16 @@ def data2vec_regression(
     if mask is None:
         return error.mean()
     return error.masked_fill(~mask.hidden, 0.0).sum() / mask.hidden.sum()
+
+
+def cosine_regression(p: Tensor, z: Tensor) -> Tensor:
+    """Squared distance between predictions and targets of length 1, which is 2 - 2 cos.
+
+    Args:
+        p: (B, D) predictions.  z: (B, D) targets, which are held constant. Normalised here.
+    Returns: () mean over this rank's samples, in [0, 4].
+    Raises: ValueError if the shapes differ.
+    Source: arXiv:2006.07733, Eq. 2. SimSiam's loss of one direction is half of this less 1, arXiv:2011.10566, Eq. 1.
+    """
+    same_shape(p=p, z=z)
+    return 2 - 2 * (unit_rows(p) * unit_rows(z.detach())).sum(-1).mean()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,16 @@ from torch import Tensor, nn
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Network, Part
 from mmssl.types import Batch, Clock, StepOutput, View
+
+
+class Normal(NamedTuple):
+    """What a health metric is between when a method works, and what it means if it is not."""
+
+    metric: str
+    least: float
+    below: str
+    most: float = math.inf
+    above: str = ""
 
 
 class Method(nn.Module):
@@ -25,7 +37,11 @@ class Method(nn.Module):
     masks: ClassVar[bool] = False  # whether views must come with masks
     views: ClassVar[int] = 1  # full-size views of each sample
     crops: ClassVar[bool] = False  # whether smaller views may follow them
+    slots: ClassVar[bool] = False  # whether there is state for each sample of the data set
+    chooses: ClassVar[bool] = False  # whether `order` chooses the samples of a pass
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
+
+    normal: ClassVar[tuple[Normal, ...]] = ()
 
     student: Network
 
@@ -37,15 +53,54 @@ class Method(nn.Module):
         """All parts, in the order they were named."""
         return [module for module in self.modules() if isinstance(module, Part)]
 
+    def judge(self, health: Mapping[str, float]) -> list[str]:
+        """In words, what is not normal in a logged line with `health/<metric>` values."""
+        found = []
+        for normal in self.normal:
+            value = health.get(f"health/{normal.metric}")
+            if value is not None and not normal.least <= value <= normal.most:
+                meaning = normal.above if value > normal.most else normal.below
+                found.append(f"{meaning} ({normal.metric} {value:.3g})")
+        return found
+
+    def before_step(self, clock: Clock) -> None:
+        """Tell every part that an update begins, whether the one before was applied or not."""
+        for part in self.parts():
+            part.before_step(clock)
+
     def after_step(self, clock: Clock) -> None:
         """Update every part after an applied optimizer step; `clock.step` counts that step."""
         for part in self.parts():
             part.after_step(clock)
 
-    def on_epoch(self, clock: Clock) -> None:
-        """Tell every part that a pass over the data begins."""
+    def attach(self, samples: int, seed: int) -> None:
+        """Told the size of the data set before training and before a checkpoint is read, for state with a slot per sample.
+
+        Args:
+            seed: of the run, for draws that belong to no sample.
+        Raises: ValueError that begins with the option that does not fit.
+        """
+
+    def on_epoch(self, clock: Clock, described: Tensor | None = None) -> None:
+        """Tell every part that a pass over the data begins.
+
+        Args:
+            described: (n, F) what `describe` makes of every sample of the data set, if `needs_description`.
+        """
         for part in self.parts():
             part.on_epoch(clock)
+
+    def needs_description(self, clock: Clock) -> bool:
+        """Whether the pass that begins needs `describe` of the whole data set first."""
+        return False
+
+    def describe(self, view: View) -> Tensor:
+        """(B, F): what a method that clusters its data set clusters."""
+        return self.student.embed(view)
+
+    def order(self, clock: Clock) -> Tensor | None:
+        """(m,) indices of the samples of a pass, in order, for a method that chooses them; None for all, shuffled."""
+        return None
 
     def terms(self, batch: Batch) -> Tensor | None:
         """() how many terms the losses of a micro-batch are means over, for an exact mean over an update whose micro-batches

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+BACKBONE = ("backbone", "stem", "zero_init")
+
 
 class MmsslConfig(PretrainedConfig):
-    """Feature encoder of one modality and the shared transformer. The modality's own options are kept as given."""
+    """Feature encoder of one modality and the shared transformer. The modality's own options are kept as given.
+
+    With a `backbone`, `model_type` and options of a config of transformers, that model is the encoder, `hidden_size` wide,
+    and no other option counts but `stem` and `zero_init`.
+    """
 
     model_type = "mmssl"
     attribute_map = {"num_hidden_layers": "depth", "num_attention_heads": "heads"}
@@ -32,11 +39,16 @@ class MmsslConfig(PretrainedConfig):
         layer_scale: float = 0.0,
         extra_std: float = 1.0,
         pooling: Literal["mean", "cls"] = "mean",
+        backbone: dict[str, Any] | None = None,
+        stem: Literal["normal", "small"] = "normal",
+        zero_init: bool = False,
         **kwargs: Any,
     ):
         self.norm: Literal["post", "pre"] = norm
         self.pooling: Literal["mean", "cls"] = pooling
         self.modality = modality
+        self.stem: Literal["normal", "small"] = stem
+        self.backbone, self.zero_init = backbone, zero_init
         self.hidden_size, self.depth, self.heads, self.prenet_depth = hidden_size, depth, heads, prenet_depth
         self.mlp_ratio, self.extra_tokens, self.norm_eps = mlp_ratio, extra_tokens, norm_eps
         self.dropout, self.attention_dropout, self.drop_path = dropout, attention_dropout, drop_path
@@ -47,3 +59,9 @@ class MmsslConfig(PretrainedConfig):
             extra_std,
         )
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without options that do not count: a backbone's where there is none, the shared transformer's beside one."""
+        shared = {*inspect.signature(MmsslConfig.__init__).parameters} - {*BACKBONE, "modality", "hidden_size"}
+        idle = shared if self.backbone else BACKBONE
+        return {name: value for name, value in super().to_dict().items() if name not in idle}

@@ -59,6 +59,7 @@ class Encoder(nn.Module):
             raise ValueError("pooling: 'cls' needs extra_tokens of at least 1")
         self.features, self.positions, self.transformer = features, positions, transformer
         self.modality, self.pooling, self.dim = modality, pooling, features.dim
+        self.input_name: str = features.input_name
         self.config: MmsslConfig | None = None
 
     @classmethod
@@ -122,6 +123,10 @@ class Encoder(nn.Module):
         features = self.features(view.x)
         local = features[torch.arange(len(features), device=features.device), middle(features, view.pad)]
         return self.pool(self.contextualize(features, pad=view.pad)), local
+
+    def compilable(self) -> list[nn.Module]:
+        """What `train.compile` compiles: blocks, since a whole model would be compiled anew for every mask count."""
+        return [*self.transformer.prenet, *self.transformer.blocks]
 
     def pool(self, encoded: Encoded) -> Tensor:
         """(B, D): what downstream tasks use, the mean of the tokens that are not padding, or cls."""

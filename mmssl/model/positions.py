@@ -63,27 +63,46 @@ class SinCos2d(nn.Module):
     """Fixed sine-cosine positions of a grid.
 
     The first half of the channels encodes the column, the second the row; each half holds the sines, then the cosines,
-    of position * 10000^(-i / (D/4)).
+    of position * 10000^(-i / (D/4)). Another number of tokens is a square image of another size, whose patches lie evenly
+    over the same grid: position (i + 1/2) * G/g - 1/2 for g patches where there would be G.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]):
         super().__init__()
         if dim % 4:
             raise ValueError(f"hidden_size: {dim} is not a multiple of 4, which sine-cosine positions need")
-        rows, columns = grid
-        frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-        def code(position: Tensor) -> Tensor:  # (L,) -> (L, D/2)
-            angle = position.to(torch.float64)[:, None] * frequency
-            return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-        column, row = torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)
+        self.dim, self.grid = dim, grid
         self.table: Tensor
-        self.register_buffer("table", torch.cat([code(column), code(row)], dim=1)[None].float())
+        self.register_buffer("table", self._code(*grid))
+        self._others: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, None]:
         """Add positions, then keep what is visible."""
-        return take(tokens + self.table.to(tokens.dtype), mask), None
+        return take(tokens + self._table(tokens).to(tokens.dtype), mask), None
+
+    def _table(self, tokens: Tensor) -> Tensor:
+        """(1, L, D) for that many tokens."""
+        length = tokens.shape[1]
+        if length == self.table.shape[1]:
+            return self.table
+        if (length, tokens.device) not in self._others:
+            side = math.isqrt(length)
+            if side * side != length:
+                raise ValueError(f"image_size: {length} patches form no square, which positions of a smaller image need")
+            self._others[length, tokens.device] = self._code(side, side).to(tokens.device)
+        return self._others[length, tokens.device]
+
+    def _code(self, rows: int, columns: int) -> Tensor:
+        """(1, rows * columns, D) fp32."""
+        frequency = 10000.0 ** (-torch.arange(self.dim // 4, dtype=torch.float64) / (self.dim // 4))
+
+        def code(count: int, whole: int) -> Tensor:  # (count, D/2)
+            position = (torch.arange(count, dtype=torch.float64) + 0.5) * whole / count - 0.5
+            angle = position[:, None] * frequency
+            return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+        column, row = code(columns, self.grid[1]), code(rows, self.grid[0])
+        return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], dim=1)[None].float()
 
 
 class RelativeBias(nn.Module):
@@ -104,6 +123,11 @@ class RelativeBias(nn.Module):
     def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keep what is visible; biases of those pairs."""
         rows, columns = self.grid
+        if tokens.shape[1] != rows * columns:
+            raise ValueError(
+                f"positions: relative ones know images of {rows} x {columns} patches, this has {tokens.shape[1]}; "
+                "smaller crops need positions=sincos"
+            )
         place = torch.arange(rows * columns, device=tokens.device)
         row, column = place // columns, place % columns
         apart = (row[:, None] - row + rows - 1) * (2 * columns - 1) + column[:, None] - column + columns - 1  # (L, L)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmssl.distributed import all_sum, is_partitioned, owned_slice, share_slices
 from mmssl.model.encoder import Encoder
+from mmssl.model.norm import is_batch_norm
 from mmssl.parts.network import Network
 from mmssl.parts.part import Part
 from mmssl.schedules import Schedule
@@ -30,6 +31,8 @@ class Teacher(Part):
         features: the teacher's feature encoder is an average too; or a copy of the student's, made anew after each update; or
             there is none, and the teacher is given the features that the student computed.
         positions: average or copy of the student's position module.
+        batch_stats: its batch normalisation uses the statistics of the batch, as the student's does, and its running ones
+            follow its own passes instead of being copied; all else stays in eval mode.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Teacher(Part):
         momentum: Schedule,
         features: Literal["average", "copy", "share"] = "average",
         positions: Literal["average", "copy"] = "average",
+        batch_stats: bool = False,
     ):
         super().__init__()
         if not 0 <= min(momentum.start, momentum.end) <= max(momentum.start, momentum.end) <= 1:
@@ -48,6 +52,10 @@ class Teacher(Part):
         self.copied = ("encoder.features.",) * (features == "copy") + ("encoder.positions.",) * (positions == "copy")
         memo: dict[int, Any] = {id(student.encoder.features): nn.Identity()} if self.shares else {}
         network = copy.deepcopy(student, memo).requires_grad_(False).eval()
+        norms = {name: module for name, module in network.named_modules() if batch_stats and is_batch_norm(module)}
+        for norm in norms.values():
+            norm.train()
+        self.kept = {f"{name}.{buffer}" for name, norm in norms.items() for buffer, _ in norm.named_buffers()}
         object.__setattr__(self, "network", network)  # hidden from nn.Module on purpose
         object.__setattr__(self, "student", student)
         self.network: Network
@@ -66,6 +74,26 @@ class Teacher(Part):
         """
         own = features.detach() if self.shares and features is not None else self.encoder.features(view.x)
         return self.encoder.contextualize(own, collect=collect, pad=view.pad)
+
+    @torch.no_grad()
+    def embed(self, view: View) -> Tensor:
+        """As `Network.embed`."""
+        return self.network.embed(view)
+
+    @torch.no_grad()
+    def embed_all(self, views: Sequence[View]) -> list[Tensor]:
+        """As `Network.embed_all`."""
+        return self.network.embed_all(views)
+
+    @torch.no_grad()
+    def project(self, h: Tensor) -> Tensor:
+        """As `Network.project`."""
+        return self.network.project(h)
+
+    @torch.no_grad()
+    def project_all(self, h: Sequence[Tensor]) -> list[Tensor]:
+        """As `Network.project_all`."""
+        return self.network.project_all(h)
 
     def restart(self) -> None:
         """Equal to the student again."""
@@ -91,7 +119,7 @@ class Teacher(Part):
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
-        """Move towards the student by 1 - tau; buffers and frozen weights are copied."""
+        """Move towards the student by 1 - tau; frozen weights are copied, and buffers unless they follow its own passes."""
         tau = self.momentum(clock)
         own = dict(self.network.named_parameters())
         split = []
@@ -111,7 +139,8 @@ class Teacher(Part):
         share_slices([p.data for p in own.values()], split)
         buffers = dict(self.student.named_buffers())
         for name, mine in self.network.named_buffers():
-            mine.copy_(buffers[name])
+            if name not in self.kept:
+                mine.copy_(buffers[name])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -145,7 +174,7 @@ class Teacher(Part):
         twin = Teacher.__new__(Teacher)
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        twin.momentum, twin.shares, twin.copied = self.momentum, self.shares, self.copied
+        twin.momentum, twin.shares, twin.copied, twin.kept = self.momentum, self.shares, self.copied, self.kept
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin

@@ -65,7 +65,9 @@ class Objective(nn.Module):
             nn.init.zeros_(self.probe.weight)
             nn.init.zeros_(self.probe.bias)
 
-    def forward(self, tensors: dict[str, Tensor], keys: Sequence[int] = (), clock: Clock | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, tensors: dict[str, Tensor], keys: Sequence[int] = (), clock: Clock | None = None, describe: bool = False
+    ) -> dict[str, Tensor]:
         """Losses, or without a clock the embeddings of the first view.
 
         Args:
@@ -73,9 +75,11 @@ class Objective(nn.Module):
             keys: one a row, see `random.row_keys`. Dropout is seeded by the first.
         Returns: `total`, the scalar to differentiate; `loss`, the method's sum; `loss/<part>`, `health/<metric>`.
             Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, and, with a
-            probe, `logits` (B, classes).
+            probe, `logits` (B, classes). With `describe`: only `described` (B, F), see `Method.describe`.
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
+        if describe:
+            return {"described": self.method.describe(batch.views[0]).float()}
         if clock is None:
             embedding, local = self.method.student.encoder.inspect(batch.views[0])
             out = {"embedding": embedding.float(), "local": local.float()}

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,8 +22,9 @@ from mmssl.data.sources import Source, open_source
 from mmssl.distributed import all_sum, barrier, rank, world
 from mmssl.errors import CheckpointError, DataError, MmsslError, NonFiniteError, RecipeError, storage_error
 from mmssl.evaluate import collapse, knn
-from mmssl.evaluate.features import Sets, embed, held_out, open_sets
+from mmssl.evaluate.features import Loaded, PlainSet, Sets, embed, held_out, open_sets
 from mmssl.hub.export import export_encoder, export_heads, load_weights
+from mmssl.methods import Method
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, Views, modality
 from mmssl.training import checkpoint
@@ -33,6 +34,7 @@ from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder, write_atomic
 from mmssl.training.state import load_model_state, model_state, optimizer_state
 from mmssl.training.trainer import SelfSupervisedTrainer
+from mmssl.types import Clock
 
 T = TypeVar("T")
 
@@ -197,7 +199,14 @@ def steps_per_epoch(recipe: Recipe, source: Source, views: Views) -> int:
     return (recipe.train.steps or 1) if source.streaming else key_batches(recipe, source, views).epoch_length
 
 
-def key_batches(recipe: Recipe, source: Source, views: Views, steps: int = 0, start: int = 0) -> KeyBatches:
+def key_batches(
+    recipe: Recipe,
+    source: Source,
+    views: Views,
+    steps: int = 0,
+    start: int = 0,
+    order: Callable[[int], torch.Tensor | None] | None = None,
+) -> KeyBatches:
     """The order of samples on this rank. Raises: RecipeError if the data do not fill a batch."""
     return KeyBatches(
         source.size,
@@ -212,7 +221,35 @@ def key_batches(recipe: Recipe, source: Source, views: Views, steps: int = 0, st
         views.longest,
         recipe.data.buckets,
         recipe.data.budget,
+        order,
     )
+
+
+def check_stream(method: Method) -> None:
+    """Whether a method can do without passes over the data and their size. Raises: RecipeError."""
+    frozen = [name for name, module in method.named_modules() if getattr(module, "freeze_epochs", 0)]
+    if frozen:
+        raise RecipeError(f"method.freeze_epochs: a stream has no passes, and {frozen[0]} would never be trained; set it to 0.")
+    if method.chooses or method.slots or method.needs_description(Clock()):
+        raise RecipeError("data.streaming: this method keeps something for every sample; it needs data of known size.")
+
+
+class PassByPass:
+    """Loaders of one pass after the other, each made when the pass begins: its order may depend on what was learned before."""
+
+    def __init__(self, make: Callable[[int, int], DataLoader], start: int, steps: int, epoch_steps: int):
+        self.make, self.start, self.steps, self.epoch_steps = make, start, steps, epoch_steps
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run."""
+        return len(self.make(0, self.steps))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        first = self.start
+        while first < self.steps:
+            last = min(self.steps, (first // self.epoch_steps + 1) * self.epoch_steps)
+            yield from self.make(first, last)
+            first = last
 
 
 class Run:
@@ -235,11 +272,12 @@ class Run:
         self.epoch_steps = steps_per_epoch(recipe, source, views)
         self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
         args.max_steps = self.steps
-        if recipe.optim.warmup + recipe.optim.hold >= self.steps and folder.is_main:
-            reached = "the rate never reaches optim.lr" if recipe.optim.warmup >= self.steps else "the rate never falls"
+        whole = -(-self.steps // self.epoch_steps) if recipe.optim.by == "epoch" else self.steps
+        if recipe.optim.warmup + recipe.optim.hold >= whole and folder.is_main:
+            reached = "the rate never reaches optim.lr" if recipe.optim.warmup >= whole else "the rate never falls"
             hold = f" and optim.hold={recipe.optim.hold}" if recipe.optim.hold else ""
             print(
-                f"mmssl: note: optim.warmup={recipe.optim.warmup}{hold} fill the run of {self.steps} updates; {reached}.",
+                f"mmssl: note: optim.warmup={recipe.optim.warmup}{hold} fill the run of {whole} {recipe.optim.by}s; {reached}.",
                 file=sys.stderr,
             )
         self.quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
@@ -269,14 +307,18 @@ class Run:
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
         method = recipe.build()
+        if source.streaming:
+            check_stream(method)
+        else:
+            _said("method", lambda: method.attach(source.size, recipe.train.seed))
         if recipe.model.init and not resume:  # type: ignore[attr-defined]
             load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
             for part in method.parts():
                 part.restart()
         if recipe.train.compile:
             encoders = [method.student.encoder, *(part.encoder for part in method.parts() if isinstance(part, Teacher))]
-            for block in (b for e in encoders for b in (*e.transformer.prenet, *e.transformer.blocks)):
-                block.compile()  # whole models would be compiled anew for every mask count
+            for block in (b for e in encoders for b in e.compilable()):
+                block.compile()
         self.objective = Objective(method, classes)
         tensors, state = self._resume() if resume else ({}, {})
         folder.write_identity(recipe.dump(), sys.argv, source.facts)
@@ -298,6 +340,7 @@ class Run:
             tuple(state.get("samples", (0, 0))),
             tensors.get("optimizer"),
             self.views.ragged,
+            None if self.source.streaming else self._describe,
         )
         self.trainer.metrics = state.get("metrics", {})
 
@@ -317,7 +360,7 @@ class Run:
         labels[held_out(source, self.recipe.train.seed)] = -1
         return source.classes, source._replace(labels=labels)
 
-    def _loader(self, start: int) -> DataLoader:
+    def _loader(self, start: int) -> DataLoader | PassByPass:
         """Batches of this rank from update `start` to the end."""
         workers = self.recipe.data.workers
         common: dict[str, Any] = {
@@ -329,8 +372,21 @@ class Run:
         }
         if self.source.streaming:
             return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
-        keys = key_batches(self.recipe, self.source, self.views, self.steps, start)
-        return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
+
+        def keyed(first: int, last: int) -> DataLoader:
+            keys = key_batches(self.recipe, self.source, self.views, last, first, self._order)
+            return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
+
+        return PassByPass(keyed, start, self.steps, self.epoch_steps) if self._chooses else keyed(start, self.steps)
+
+    @property
+    def _chooses(self) -> bool:
+        return self.objective.method.chooses
+
+    def _order(self, epoch: int) -> torch.Tensor | None:
+        """The samples of a pass if the method chooses them."""
+        method = self.objective.method
+        return method.order(Clock(epoch * self.epoch_steps, self.steps, epoch)) if self._chooses else None
 
     def launch(self) -> dict[str, Any]:
         """How the run was really started, as seen from inside."""
@@ -353,6 +409,23 @@ class Run:
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         step = self.trainer.state.global_step
         self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
+
+    def _describe(self, trainer: SelfSupervisedTrainer) -> torch.Tensor:
+        """(n, F) what the method makes of every sample, in the order of the data set; a collective."""
+        order = range(self.source.size)
+        batches = Loaded(PlainSet(self.source, self.dataset.kind, self.views, [*order]), self.micro, self.recipe.data.workers)
+        model: Any = trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+
+        def run(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            inputs = {name: tensor for name, tensor in batch.items() if name not in ("raw", "valid", "label")}
+            return model(trainer._prepare_inputs(inputs), describe=True)
+
+        with trainer.compute_loss_context_manager():
+            rows = embed(batches, run, keep_all=True)["described"]
+        model.train(was_training)
+        return rows.to(self.args.device)
 
     # Probes ----------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ class Progress:
         self.folder.log_metrics(line)
         if "loss" in line:
             self.shown["loss"] = "skipped" if line["loss"] is None else f"{line['loss']:.4g}"
+            self.shown["health"] = line.get("verdict", "normal")
+            if self.shown["health"] == "normal":
+                del self.shown["health"]
             self.shown["samples/s"] = f"{line['speed/samples_per_s']:.0f}"
         for name, value in line.items():
             if name.startswith("probe/"):

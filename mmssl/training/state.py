@@ -36,7 +36,7 @@ def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
-    """`name.exp_avg`, `name.exp_avg_sq`, `name.step` of every trained parameter, whole. A collective under ZeRO."""
+    """`name.exp_avg`, `name.step` and so on of every trained parameter, whole. A collective under ZeRO."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
     state: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
@@ -60,15 +60,14 @@ def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, 
     if zero:
         _create_zero_moments(inner)
     for name, parameter in objective.named_parameters():
-        if not parameter.requires_grad or f"{name}.step" not in saved:
+        own = {key.rpartition(".")[2]: value for key, value in saved.items() if key.rpartition(".")[0] == name}
+        if not parameter.requires_grad or not own:
             continue
         if zero:
             for moment in MOMENTS:
-                _set_zero_moment(parameter, moment, saved[f"{name}.{moment}"])
+                _set_zero_moment(parameter, moment, own[moment])
         else:
-            values = {moment: saved[f"{name}.{moment}"] for moment in MOMENTS}
-            inner.state[parameter] = {n: v.to(parameter.device, torch.float32).clone() for n, v in values.items()}
-            inner.state[parameter]["step"] = saved[f"{name}.step"].to(parameter.device).clone()
+            inner.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
     if zero:
         steps = [value for name, value in saved.items() if name.endswith(".step")]
         for state in inner.optimizer.state.values():  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmssl.config import Recipe
@@ -21,7 +20,7 @@ from mmssl.errors import CollapseError, DataError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
-from mmssl.training.optim import build_optimizer, schedule, set_rates
+from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
 from mmssl.training.state import load_optimizer_state
 from mmssl.types import Batch, Clock
 
@@ -71,6 +70,7 @@ class SelfSupervisedTrainer(Trainer):
         report: called with a metrics dict at each logged step, on the main process.
         probe: called every `watch.every` updates on all ranks; returns metrics.
         save: called at each save with the step, on all ranks.
+        describe: gives what the method makes of every sample of the data, on all ranks.
         quarantine: counts unreadable samples.
         ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
     """
@@ -82,7 +82,7 @@ class SelfSupervisedTrainer(Trainer):
         args: TrainingArguments,
         steps: int,
         epoch_steps: int,
-        loader: Callable[[int], DataLoader],
+        loader: Callable[[int], Any],
         report: Callable[[dict[str, Any]], None],
         probe: Callable[[SelfSupervisedTrainer], dict[str, float]],
         save: Callable[[SelfSupervisedTrainer], None],
@@ -92,6 +92,7 @@ class SelfSupervisedTrainer(Trainer):
         counted: tuple[int, int] = (0, 0),
         optimizer_state: dict[str, Tensor] | None = None,
         ragged: bool = False,
+        describe: Callable[[SelfSupervisedTrainer], Tensor] | None = None,
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
@@ -99,13 +100,15 @@ class SelfSupervisedTrainer(Trainer):
         if self.is_deepspeed_enabled:
             plugin: Any = self.accelerator.state.deepspeed_plugin
             check_deepspeed(plugin.deepspeed_config, recipe)
+            check_whole(recipe.optim)
         self.objective, self.recipe = objective, recipe
         self.steps, self.epoch_steps, self.loader = steps, epoch_steps, loader
         self.report, self.probe, self.save_run, self.quarantine = report, probe, save, quarantine
         self.start, self.applied, self._optimizer_state = start, applied, optimizer_state
         self.counted, (self.bad, self.seen) = counted, counted
-        self.rate = schedule(recipe.optim)
-        self.ragged = ragged
+        self.rate = schedule(recipe.optim, recipe.train.global_batch, steps / epoch_steps)
+        self.lr = 0.0  # of the last update
+        self.ragged, self._describe = ragged, describe
         self.weights: list[Tensor] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
         self.stop_signal: int | None = None
@@ -126,7 +129,7 @@ class SelfSupervisedTrainer(Trainer):
 
     # Data: the loader yields keys from an absolute position; the Trainer must neither re-shard nor skip -----------------
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> Any:
         """Batches of this rank from `start` to the end."""
         return self.loader(self.start)
 
@@ -135,6 +138,7 @@ class SelfSupervisedTrainer(Trainer):
 
         Ragged ones are held after all, as what each of them counts is known only when all are there.
         """
+        self._begin_epoch()  # before the first batch is fetched, since a method may choose the samples
         batches = LazyBatches(epoch_iterator, num_batches)
         if not self.ragged:
             return batches, None
@@ -159,7 +163,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with our own parameter groups."""
-        self.optimizer = build_optimizer(self.objective, self.recipe.optim)
+        self.optimizer = build_optimizer(self.objective, self.recipe.optim, self.rate)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -174,15 +178,29 @@ class SelfSupervisedTrainer(Trainer):
             self._optimizer_state = None
         return prepared
 
+    def describe(self) -> Tensor:
+        """(n, F). Raises: RecipeError for a stream, whose samples cannot be gone through beforehand."""
+        if self._describe is None:
+            raise RecipeError("data.streaming: this method goes through all samples before each pass, which a stream cannot.")
+        return self._describe(self)
+
+    def _begin_epoch(self) -> None:
+        """Tell the method if a pass over the data begins, with a description of all samples if it needs one."""
+        method, clock = self.objective.method, self.clock
+        if self.state.global_step % self.epoch_steps == 0:
+            then = time.perf_counter()
+            method.on_epoch(clock, self.describe() if method.needs_description(clock) else None)
+            self._pause(then)
+
     # One update ------------------------------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
         """Rates and passes for this update."""
         self.micro, self.spoilt, self.pending = 0, False, []
-        if self.state.global_step % self.epoch_steps == 0:
-            self.objective.method.on_epoch(self.clock)
         assert self.optimizer is not None
-        set_rates(self.optimizer, self.rate(self.clock))
+        self.lr = self.rate(self.clock)
+        self.objective.method.before_step(self.clock)
+        set_rates(self.optimizer, self.lr, self.clock, self.objective.method)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, vote, backward unless a rank saw a non-finite loss."""
@@ -223,7 +241,9 @@ class SelfSupervisedTrainer(Trainer):
             grad_norm = self.accelerator.clip_grad_norm_(self.module_parameters, math.inf)
         if self.spoilt or not bool(torch.isfinite(torch.as_tensor(grad_norm))):
             self.spoilt = True
-            model.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone
+            model.zero_grad(set_to_none=True)  # optimizers leave parameters without gradient alone
+        if self.recipe.optim.clip_each:
+            clip_each(self.module_parameters, self.recipe.optim.clip_each)
         return grad_norm
 
     def end_update(self, control: TrainerControl) -> None:
@@ -292,7 +312,9 @@ class SelfSupervisedTrainer(Trainer):
             line |= dict(zip(names, means.tolist()))
             for part in self.objective.method.parts():
                 line |= {f"health/{name}": value for name, value in part.health(self.clock).items()}
-        line["lr"] = self.rate(self.clock._replace(step=max(self.applied - 1, 0)))
+            if self.objective.method.normal:
+                line["verdict"] = "; ".join(self.objective.method.judge(line)) or "normal"
+        line["lr"] = self.lr
         line["epoch"] = round(self.state.global_step / self.epoch_steps, 3)
         if grad_norm is not None:
             line["grad_norm"] = float(grad_norm)
@@ -325,7 +347,7 @@ class SelfSupervisedTrainer(Trainer):
     def _emit(self, line: dict[str, Any]) -> None:
         if self.is_world_process_zero():
             self.report(line)
-        self.log({name: value for name, value in line.items() if name != "step" and value is not None})
+        self.log({name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the trackers of `train.report_to`; the Trainer's own summary at the end is left out."""

@@ -7,6 +7,7 @@ from modalities.speech.processor import plain_views, processor
 from modalities.speech.views import SpeechViews
 
 MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
+JOINT = ("simclr", "byol", "barlow_twins", "vicreg", "swav", "dino")
 DEFAULTS = {
     "data2vec2": {
         "model": MODEL,
@@ -26,6 +27,8 @@ DEFAULTS = {
         "views": {"mask": {"kind": "span", "ratio": 0.65, "width": 10, "copies": 1}},
     },
 }
+# Short crops: the shortest sample of an update is as long as its views, and longer ones give two that hardly overlap.
+DEFAULTS |= {name: {"model": MODEL, "views": {"crops": "pair", "longest": 4.0, "shortest": 1.0}} for name in JOINT}
 MODALITY = Modality(
     "speech",
     SpeechFeatures,

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmssl.masks import blocks, spans
 from mmssl.random import generator
 from mmssl.types import Mask, Rejected, View
+from modalities.speech.augment import Crop, one_by_one, source, view
 from modalities.speech.data import MAX_SECONDS, RATE
 
 EPS = 1e-5  # added to the variance
@@ -32,9 +33,14 @@ class MaskOptions:
 
 
 class SpeechViews:
-    """A random crop of a normalised wave. A batch is cut to its shortest member, then masks are drawn: nothing is padded.
+    """A random crop of a normalised wave, with its masks; or several crops that are changed at random.
 
-    `longest` and `shortest` are options in seconds and attributes in samples.
+    A batch is cut to its shortest member, then masks are drawn: nothing is padded. Where `crops` change the speed, the crops
+    are as much shorter as the fastest needs, so that there is enough of the shortest sample.
+
+    `longest` and `shortest` are options in seconds and attributes in samples. `crops` as an option is what views there are,
+    or the name of a policy, see `modalities.speech.augment`; as an attribute it is how many of them are smaller ones, which
+    come without masks.
     """
 
     ragged = True  # updates differ in length
@@ -47,6 +53,7 @@ class SpeechViews:
         shortest: float = 2.0,
         normalise: bool = True,
         mask: MaskOptions | None = None,
+        crops: list[Crop] | str | None = None,
     ):
         if not 0 <= shortest <= MAX_SECONDS:
             raise ValueError(f"shortest: {shortest} s, must be between 0 and {MAX_SECONDS}")
@@ -57,8 +64,34 @@ class SpeechViews:
         self.frames, self.normalise, self.mask = features.frames, normalise, mask
         if self.frames(self.longest) < 2:
             raise ValueError(f"longest: {longest} s gives {self.frames(self.longest)} frames, at least 2 are needed")
+        self.kinds, self.count = one_by_one(crops)
+        self.crops = len(self.kinds) - self.count if self.kinds else 0
+        self.fastest = max([crop.speed[1] for crop in self.kinds[: self.count]], default=1.0)
+        for i, crop in enumerate(crops if isinstance(crops, list) else self.kinds):
+            self._check_length(crop, f"crops.{i}")
         if mask is not None:
-            self._check(mask, self.frames(self.shortest))
+            full = self._samples(self.kinds[0], self.shortest) if self.kinds else self.shortest
+            self._check(mask, self.frames(full))
+
+    def _check_length(self, crop: Crop, key: str) -> None:
+        """Whether every sample has room for the crop, and the crop for its frames and gaps."""
+        shortest, seconds = self.shortest / RATE, crop.seconds
+        if seconds is not None and not seconds <= self.longest / RATE:
+            raise ValueError(f"{key}.seconds: {seconds} s, must be at most views.longest={self.longest / RATE:g}")
+        length = self._samples(crop, self.shortest)
+        if seconds is not None and source(length, crop.speed[1]) > self.shortest:
+            raise ValueError(
+                f"{key}.seconds: {seconds} s at a speed of up to {crop.speed[1]:g} are more than the shortest samples have, "
+                f"views.shortest={shortest:g} s; raise that or lower this"
+            )
+        if self.frames(length) < 2:
+            name = "shortest" if seconds is None else f"{key}.seconds"
+            raise ValueError(f"{name}: a crop of {length / RATE:.3g} s has fewer than 2 frames; 0.045 s are needed")
+        if crop.gaps * crop.gap * RATE >= length:
+            raise ValueError(
+                f"{key}.gap: {crop.gaps} gaps of up to {crop.gap:g} s can silence a whole crop, the shortest have "
+                f"{length / RATE:.3g} s; raise views.shortest or lower this"
+            )
 
     def _check(self, m: MaskOptions, frames: int) -> None:
         """Whether masks can be drawn for so many frames, the fewest that a batch can have."""
@@ -76,12 +109,13 @@ class SpeechViews:
             raise ValueError(f"mask.adjust: {m.adjust}, must be between -1 and 1")
 
     def __call__(self, sample: Tensor, draw: Callable[[int], torch.Generator], length: int | None = None) -> dict[str, Tensor]:
-        """One crop.
+        """One crop, or all that `crops` lists.
 
         Args:
             sample: (n,) at 16 kHz.
             length: samples of the crop; as many as there are, at most `longest`, if None.
         Returns: x (length,) float, normalised over the whole sample; seed () int64, for what is drawn when it is collated.
+            Where `crops` is given, the names of view i begin with `i.`, and its record, see `augment.view`, is beside them.
         Raises: Rejected if the sample is shorter than `length`, which its header gave, or without one than `shortest`.
         """
         if length is not None and len(sample) < length:
@@ -89,20 +123,47 @@ class SpeechViews:
         if length is None and len(sample) < self.shortest:
             seconds = f"{len(sample) / RATE:.2f} s, less than views.shortest={self.shortest / RATE:g}"
             raise Rejected("too_short", seconds)
-        source = draw(0)
-        seed = torch.randint(2**63 - 1, (), generator=source)
-        crop = min(len(sample), self.longest) if length is None else length
-        return {"x": _crop(self._normalised(sample), crop, source), "seed": seed}
+        room = min(len(sample), self.longest) if length is None else length
+        wave = self._normalised(sample)
+        if not self.kinds:
+            first = draw(0)
+            seed = _seed(first)
+            return {"x": _crop(wave, room, first), "seed": seed}
+        found = {}
+        for i, crop in enumerate(self.kinds):
+            own = draw(i)
+            x, record = view(wave, self._samples(crop, room), crop, own)
+            tensors = {"x": x, "seed": _seed(own)} | {name: torch.tensor(value) for name, value in record.items()}
+            found |= {f"{i}.{name}": tensor for name, tensor in tensors.items()}
+        return found
+
+    def _samples(self, crop: Crop, room: int) -> int:
+        """Of a view, where that many of the sample may be used."""
+        if crop.seconds is not None:
+            return round(crop.seconds * RATE)
+        return room * 100 // round(100 * self.fastest)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
         """Crop to the shortest, stack, draw masks; those of a sample stay adjacent.
 
         Crop and masks of a sample depend on its own seed and on the common length; of span masks on the fewest hidden, too.
         """
+        views = []
+        for i, prefix in enumerate([f"{i}." for i in range(len(self.kinds))] or [""]):
+            own = [{k.removeprefix(prefix): v for k, v in sample.items() if k.startswith(prefix)} for sample in samples]
+            views.append(self._view(own, self.mask if i < self.count else None))
+        return views
+
+    def _view(self, samples: Sequence[dict[str, Tensor]], mask: MaskOptions | None) -> View:
+        """x, seed and record of each sample, one view of a batch."""
         length = min(len(sample["x"]) for sample in samples)
         seeds = [int(sample["seed"]) for sample in samples]
-        x = torch.stack([_crop(sample["x"], length, generator(seed, "crop")) for sample, seed in zip(samples, seeds)])
-        return [View(x, "speech", mask=None if self.mask is None else Mask.of(self._hidden(self.mask, length, seeds)))]
+        cuts = [_place(sample["x"], length, generator(seed, "crop")) for sample, seed in zip(samples, seeds)]
+        x = torch.stack([sample["x"][cut : cut + length] for sample, cut in zip(samples, cuts)])
+        record = {k: torch.stack([sample[k] for sample in samples]) for k in samples[0] if k not in ("x", "seed")}
+        if record:
+            record["start"] += torch.tensor(cuts) / RATE * record["speed"]
+        return View(x, "speech", None, None if mask is None else Mask.of(self._hidden(mask, length, seeds)), record)
 
     def _hidden(self, m: MaskOptions, length: int, seeds: Sequence[int]) -> Tensor:
         """(M*B, L) bool, as many hidden in each row."""
@@ -131,8 +192,16 @@ class SpeechViews:
 
 def _crop(wave: Tensor, length: int, draw: torch.Generator) -> Tensor:
     """A copy, since workers send the whole storage of a slice."""
-    start = int(torch.randint(len(wave) - length + 1, (), generator=draw))
+    start = _place(wave, length, draw)
     return wave[start : start + length].clone()
+
+
+def _place(wave: Tensor, length: int, draw: torch.Generator) -> int:
+    return int(torch.randint(len(wave) - length + 1, (), generator=draw))
+
+
+def _seed(draw: torch.Generator) -> Tensor:
+    return torch.randint(2**63 - 1, (), generator=draw)
 
 
 def _middle(wave: Tensor, length: int) -> Tensor:

@@ -7,6 +7,7 @@ from modalities.text.processor import plain_views, processor
 from modalities.text.views import TextViews, configure
 
 MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
+JOINT = ("simclr", "byol", "barlow_twins", "vicreg", "swav", "dino")
 DEFAULTS = {
     "data2vec2": {
         "model": MODEL,
@@ -37,6 +38,11 @@ DEFAULTS = {
         "views": {"pack": False, "mask": {"kind": "span", "ratio": 0.35, "width": 4, "copies": 1}},
     },
 }  # fmt: skip
+# Dropout of the model makes views differ in addition, as in SimCSE, for which views.crops is `dropout`.
+DEFAULTS |= {
+    name: {"model": MODEL | {"dropout": 0.1, "attention_dropout": 0.1}, "views": {"crops": "span-drop", "pack": False}}
+    for name in JOINT
+}
 MODALITY = Modality(
     "text",
     TextFeatures,

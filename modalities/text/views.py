@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mmssl.masks import spans, uniform
 from mmssl.types import Mask, Rejected, View
+from modalities.text.augment import Crop, one_by_one, view
 from modalities.text.tokenizer import TRAIN, begin_id, encode, end_id, load
 
 LEAVE = "Leave out model.vocab_size, model.pad_token_id and model.mask_token_id: the tokenizer decides them."
@@ -32,16 +33,28 @@ class MaskOptions:
 
 
 class TextViews:
-    """Token ids with their masks. Nothing in the ids tells what is masked: the mask token is never among them."""
+    """Token ids with their masks, of a whole text or of several crops of it.
+
+    Nothing in the ids tells what is masked: the mask token is never among them.
+    """
 
     count, crops = 1, 0
 
-    def __init__(self, features: Any, tokenizer: str | None = None, pack: bool = True, mask: MaskOptions | None = None):
+    def __init__(
+        self,
+        features: Any,
+        tokenizer: str | None = None,
+        pack: bool = True,
+        mask: MaskOptions | None = None,
+        crops: list[Crop] | str | None = None,
+    ):
         """Check the options; the tokenizer is loaded when it is needed.
 
         Args:
             tokenizer: folder or Hub id.
             pack: whether samples are blocks across documents, all full, or documents by themselves.
+            crops: what views there are, or the name of a policy, see `modalities.text.augment`; as an attribute how many of
+                them are smaller ones, which come without masks.
         """
         if mask is not None:
             if not 0 < mask.ratio < 1 or not 1 <= mask.copies <= 1024:
@@ -52,6 +65,8 @@ class TextViews:
         self.mask_id = features.mask_id
         self.name, self.pack, self.mask = tokenizer, pack, mask
         self.ragged, self.longest = not pack, None if pack else features.max_tokens
+        self.kinds, self.count = one_by_one(crops)
+        self.crops = len(self.kinds) - self.count if self.kinds else 0
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -70,26 +85,47 @@ class TextViews:
     def __call__(
         self, sample: str | np.ndarray, draw: Callable[[int], torch.Generator], length: int | None = None
     ) -> dict[str, Tensor]:
-        """The ids of one sample; of a text that is too long, a window at a random place.
+        """The ids of one sample, or of all views that `crops` lists; of a text that is too long, a window at a random place.
 
         Args:
             sample: text, or token ids as `prepare` makes them.
             length: not used, since text is padded rather than cut.
-        Returns: x (n,) int64, and the seed () int64 of its masks.
+        Returns: x (n,) int64, and the seed () int64 of its masks. Where `crops` is given, the names of view i begin with `i.`,
+            and its record is beside them; all views are of one window.
         Raises: Rejected if the text has no token.
         """
-        source = draw(0)
-        ids = self._ids(sample)
+        first = draw(0)
+        ids, begun = self._ids(sample), 0
         if len(ids) > self.max_tokens:
             room = self.max_tokens - 2
-            start = 1 + int(torch.randint(len(ids) - 1 - room, (), generator=source))
-            ids = torch.cat([ids[:1], ids[start : start + room], ids[-1:]])
-        return {"x": ids, "seed": torch.randint(1 << 62, (), generator=source)}
+            begun = int(torch.randint(len(ids) - 1 - room, (), generator=first))
+            ids = torch.cat([ids[:1], ids[1 + begun : 1 + begun + room], ids[-1:]])
+        if not self.kinds:
+            return {"x": ids, "seed": _seed(first)}
+        closed = isinstance(sample, str) or not self.pack
+        tokens, end = (ids[1:-1], ids[-1:]) if closed else (ids[1:], ids[:0])
+        if not len(tokens):
+            raise Rejected("empty", "no token")
+        found = {}
+        for i, crop in enumerate(self.kinds):
+            own = draw(i) if i else first
+            run, record = view(tokens, crop, own)
+            record["start"] += begun
+            tensors = {"x": torch.cat([ids[:1], run, end]), "seed": _seed(own)}
+            tensors |= {name: torch.tensor(value) for name, value in record.items()}
+            found |= {f"{i}.{name}": tensor for name, tensor in tensors.items()}
+        return found
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
-        """Pad to the longest; the masks of a sample stay adjacent."""
-        view = self._view([sample["x"] for sample in samples])
-        return [view] if self.mask is None else [view._replace(mask=self._masks(samples, view.pad))]
+        """Pad each view to its longest; the masks of a sample stay adjacent."""
+        views = []
+        for i, prefix in enumerate([f"{i}." for i in range(len(self.kinds))] or [""]):
+            own = [{k.removeprefix(prefix): v for k, v in sample.items() if k.startswith(prefix)} for sample in samples]
+            made = self._view([sample["x"] for sample in own])
+            mask = self._masks(own, made.pad) if self.mask is not None and i < self.count else None
+            record = {k: torch.stack([sample[k] for sample in own]) for k in own[0] if k not in ("x", "seed")}
+            views.append(made._replace(mask=mask, record=record))
+        return views
 
     def plain(self, samples: Sequence[str | np.ndarray]) -> View:
         """The beginning of each text. Raises: Rejected if one has no token."""
@@ -144,6 +180,10 @@ def configure(model: dict[str, Any], views: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": begin_id(tokenizer),
         "eos_token_id": end_id(tokenizer),
     }
+
+
+def _seed(draw: torch.Generator) -> Tensor:
+    return torch.randint(1 << 62, (), generator=draw)
 
 
 def _load(name: str | None) -> Any:

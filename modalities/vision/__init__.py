@@ -13,6 +13,24 @@ DEFAULTS = {
         "views": {"mask": {"kind": "rectangle", "ratio": 0.6123, "copies": 1}},
     },
 }
+POLICY_OF = {
+    "simclr": "simclr",
+    "simclr_v2": "simclr",
+    "moco_v1": "moco1",
+    "moco_v2": "moco2",
+    "moco_v3": "mocov3",
+    "instance_discrimination": "instdisc",
+    "byol": "byol",
+    "simsiam": "moco2",
+    "swav": "swav",
+    "deepcluster": "deepcluster",
+    "deepcluster_v2": "swav",
+    "sela_v2": "swav",
+    "barlow_twins": "byol",
+    "vicreg": "byol",
+    "dino": "dino",
+}
+DEFAULTS |= {method: {"views": {"crops": name}} for method, name in POLICY_OF.items()}
 MODALITY = Modality(
     "vision",
     PatchFeatures,

@@ -45,5 +45,10 @@ class PatchFeatures(nn.Module):
         return RelativeBias(self.grid, heads, extra) if self.relative else SinCos2d(self.dim, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cut and project."""
+        """Cut and project. Raises: ValueError unless the image is a square of whole patches."""
+        height, width = x.shape[-2:]
+        if height != width or height % self.patch_size:
+            raise ValueError(
+                f"image_size: an image of {height} x {width} pixels, must be a square of whole patches of {self.patch_size}"
+            )
         return self.proj(x).flatten(2).transpose(1, 2)

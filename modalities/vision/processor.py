@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
+from modalities.vision.backbone import Images
 from modalities.vision.views import IMAGENET_MEAN, IMAGENET_STD, ImageViews
 
 
@@ -28,13 +28,19 @@ def plain_views(model: Any, path: Any) -> ImageViews:
     """Views with the size and normalisation that a model's folder states; ImageNet's where it states none."""
     from transformers import AutoImageProcessor
 
-    size, channels = getattr(model.config, "image_size", 224), getattr(model.config, "num_channels", 3)
+    size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", 3)
     channels = getattr(model.config, "channels", channels)
-    size = size if isinstance(size, int) else size[0]
     try:
         saved = AutoImageProcessor.from_pretrained(str(path))
         mean, std = tuple(saved.image_mean), tuple(saved.image_std)
+        size = size or _side(saved)  # a network of convolutions takes any size, its config names none
     except (OSError, ValueError, TypeError, AttributeError):
         mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
-    shape = SimpleNamespace(image_size=size, channels=channels, grid=(1, 1), length=1)
-    return ImageViews(shape, mean=mean, std=std)
+    size = size or 224
+    return ImageViews(Images(size if isinstance(size, int) else size[0], channels), mean=mean, std=std)
+
+
+def _side(saved: Any) -> int | None:
+    """What an image processor leaves of an image, in pixels; None if it does not say."""
+    cropped, resized = (dict(getattr(saved, name, None) or {}) for name in ("crop_size", "size"))
+    return cropped.get("height") or resized.get("shortest_edge") or resized.get("height")

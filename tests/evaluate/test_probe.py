@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -5,9 +6,12 @@ import torch
 from torch.testing import assert_close
 from transformers import RobertaConfig, RobertaModel, ViTConfig, ViTModel, Wav2Vec2Config, Wav2Vec2Model
 
+from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.evaluate import probe as module
 from mmssl.evaluate.probe import _runner, inputs_of, modality_of
+from mmssl.model.configuration import MmsslConfig
+from mmssl.model.modeling import MmsslModel
 from mmssl.registry import Modality
 from mmssl.types import Batch, View
 
@@ -148,3 +152,92 @@ def test_groups_are_numbered_alike_in_both_splits(tmp_path):
     assert module._groups(part("test"), where, "speaker").tolist() == [0, 1]
     with pytest.raises(RecipeError, match="has no column 'voice'"):
         module._groups(part("train"), where, "voice")
+
+
+@pytest.fixture
+def tiny_model(seeded):
+    shape = {"hidden_size": 8, "depth": 3, "heads": 2, "image_size": 8, "patch_size": 4, "norm": "pre", "dropout": 0.1}
+    return MmsslModel(MmsslConfig(**shape, extra_tokens=2))
+
+
+@pytest.mark.parametrize(("asked", "layers"), [(1, 1), (2, 2), (4, 3)])
+def test_cls_tokens_are_those_of_the_last_blocks_after_the_norm(asked, layers, tiny_model):
+    outputs, transformer = [], tiny_model.encoder.transformer
+    hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out[0])) for block in transformer.blocks]
+    torch.nn.init.normal_(transformer.norm.weight)
+    view = View(torch.randn(2, 3, 8, 8), "vision")
+    with torch.no_grad():
+        found = _runner(tiny_model, asked)(Batch([view], torch.arange(2)).tensors())["cls"]
+        by_hand = [torch.nn.functional.layer_norm(x[:, 0], (8,), eps=1e-6) for x in outputs[3 - layers :]]
+        scaled = [x * transformer.norm.weight + transformer.norm.bias for x in by_hand]
+    assert_close(found.flatten(1), torch.cat(scaled, 1))
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_model_without_cls_tokens_cannot_show_them(seeded):
+    chosen = module.choose("dino,moco")
+    for model in (ViTModel(ViTConfig(image_size=8, patch_size=4, **SMALL)), torch.nn.Linear(1, 1)):
+        model.config = getattr(model, "config", SimpleNamespace())
+        with pytest.raises(RecipeError, match=r"^protocol: dino concatenates cls tokens.*dino-resnet"):
+            module._cls_layers(chosen, model)
+    assert module._cls_layers(module.choose("moco"), model) == 0
+
+
+def test_protocols_measure_a_model_and_leave_it_as_it_is(tiny_model, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_encoder", lambda path: tiny_model)
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    names = ["knn", "moco", "dino", "simclr-lbfgs"]
+    found = module.probe(tmp_path / "model", str(image_folder), protocol=names, labels=10, epochs=2, random=True)
+    assert {*found} == {"raw", "labels", "random", "model"}
+    assert found["labels"] == {"samples": 20, "least": 10, "most": 10}
+    for name in ("random", "model"):
+        assert [*found[name]] == ["knn", "protocols"]
+        assert [*found[name]["protocols"]] == names
+        assert found[name]["protocols"]["knn"]["accuracy"] == found[name]["knn"]
+        assert all(0 <= result["accuracy"] <= 1 for result in found[name]["protocols"].values())
+    assert found["model"]["protocols"]["moco"]["augment"] is True
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+    assert all(p.grad is None for p in tiny_model.parameters())
+    again = module.probe(tmp_path / "model", str(image_folder), protocol=names, labels=10, epochs=2)
+    assert again["model"] == found["model"]
+
+
+def test_few_labels_serve_the_usual_probe_too(tiny_model, image_folder, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    found = module.probe(tmp_path / "model", str(image_folder), labels=0.25)
+    assert found["labels"] == {"samples": 8, "least": 4, "most": 4}
+    assert {*found["model"]} == {"knn", "linear"}
+    with pytest.raises(RecipeError, match=r"^epochs: belongs to a protocol"):
+        module.probe(tmp_path / "model", str(image_folder), epochs=3)
+
+
+def test_the_command_line_has_a_row_for_each_protocol(tiny_model, image_folder, tmp_path, capsys):
+    tiny_model.save_pretrained(tmp_path / "model")
+    words = ["probe", str(tmp_path / "model"), f"data={image_folder}", "protocol=knn-dino,simsiam,grid"]
+    more = ["epochs=2", "augment=false", "labels=5", "random=true"]
+    assert main([*words, *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in lines if line.startswith("protocol"))
+    assert head.split() == ["protocol", "random", "model"]
+    table = {line.split()[0]: line for line in lines if line.startswith(("knn-dino", "simsiam", "grid"))}
+    assert [*table] == ["knn-dino", "simsiam", "grid"]
+    assert "best of 1" not in table["simsiam"]
+    assert table["simsiam"].endswith("epochs 2, batch 4096, augment false; NOT the protocol's epochs 90, augment true")
+    assert "best of 24 on held-out training data; NOT the protocol's epochs 100" in table["grid"]
+    assert lines[-1] == "learned from 10 labels, 5 of each class"
+    assert main([*words, *more, "json=true"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    for name, line in table.items():
+        both = [f"{results[model]['protocols'][name]['accuracy']:.1%}" for model in ("random", "model")]
+        assert line.split()[1:3] == both
+    assert main([*words[:-1], "protocol=symclr"]) == 2
+    assert "did you mean simclr?" in capsys.readouterr().err
+
+
+def test_the_help_names_every_protocol():
+    from mmssl.cli import probe
+    from mmssl.evaluate.protocols import PROTOCOLS
+
+    named = probe.__doc__.split("regression: ")[1].split(". ")[0].replace("\n", " ")
+    assert named.split(", ") == [*PROTOCOLS]

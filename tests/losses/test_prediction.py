@@ -2,16 +2,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mmssl.losses import average_layers, data2vec_regression, instance_norm, token_std
+from mmssl.losses import average_layers, cosine_regression, data2vec_regression, instance_norm, token_std
 from mmssl.types import Mask
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.losses.cases import drawn, expected, gradients, inputs, tensor
 
 
 def mask_of(rows, length, hidden, seed=0):
@@ -197,6 +193,43 @@ def test_instance_norm_of_a_constant_channel_is_zero():
     assert instance_norm(torch.full((1, 4, 2), 3.0)).tolist() == [[[0.0, 0.0]] * 4]
 
 
+# Cosine regression
+
+
+def test_cosine_regression_has_the_reference_values_of_byol_and_simsiam():
+    p1, p2, z1, z2 = inputs("byol_simsiam", "p1", "p2", "z1", "z2")
+    wanted = expected("byol_simsiam")
+    both = cosine_regression(p1, z2) + cosine_regression(p2, z1)
+    assert_close(both.item(), wanted["byol_sum_of_two_directions_mean_over_batch"], rtol=1e-9, atol=0)
+    assert_close((both / 4 - 1).item(), wanted["simsiam"], rtol=1e-9, atol=0)
+    first, second, *none = torch.autograd.grad(both, (p1, p2, z1, z2), allow_unused=True)
+    assert_close((first, second), (tensor(wanted["d_byol_d_p1"]), tensor(wanted["d_byol_d_p2"])), rtol=0, atol=2e-9)
+    assert none == [None, None]
+
+
+def test_cosine_regression_is_zero_for_a_constant_four_for_opposites_and_finite_for_zeros():
+    p = drawn(4, 3)
+    assert cosine_regression(p, 7 * p).abs() < 1e-12
+    assert_close(cosine_regression(p, -p).item(), 4.0, rtol=1e-12, atol=0)
+    zeros = torch.zeros(4, 3).requires_grad_()
+    assert cosine_regression(zeros, p) == 2
+    assert gradients(cosine_regression(zeros, p), zeros)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cosine_regression_is_computed_in_fp32(dtype):
+    p, z = drawn(16, 8).to(dtype), (drawn(16, 8) + 0.1 * drawn(16, 8, seed=1)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cosine_regression(p, z)
+    assert found.dtype == torch.float32
+    assert_close(found.double(), cosine_regression(p.double(), z.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_cosine_regression_of_unlike_shapes_is_refused():
+    with pytest.raises(ValueError, match=r"^p \(4, 3\), z \(4, 2\): must have one shape"):
+        cosine_regression(drawn(4, 3), drawn(4, 2))
+
+
 # Monitoring
 
 
@@ -231,23 +264,6 @@ def test_token_std_has_no_gradient_and_takes_bf16():
     found = token_std(tokens)
     assert (found.dtype, found.requires_grad) == (torch.float32, False)
     assert_close(found.double(), token_std(tokens.detach().double()), rtol=1e-5, atol=0)
-
-
-def measure(rank, folder):
-    """On one of two ranks: the deviation of half of the tokens, of which the ranks have different numbers."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    tokens = drawn(5, 6, 4)[: 2 if rank == 0 else 5][0 if rank == 0 else 2 :]
-    mask = Mask.of(mask_of(5, 6, 4).hidden[:2] if rank == 0 else mask_of(5, 6, 4).hidden[2:])
-    torch.save(token_std(tokens, mask), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-def test_token_std_on_two_ranks_is_that_of_all_tokens(tmp_path):
-    mp.spawn(measure, (str(tmp_path),), nprocs=2)
-    whole = token_std(drawn(5, 6, 4), mask_of(5, 6, 4))
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-12, atol=0)
 
 
 def test_a_constant_reads_as_constant_under_autocast():

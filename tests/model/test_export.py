@@ -321,3 +321,46 @@ def test_a_folder_of_any_modality_starts_another_run(run, folder, modality, over
     load_weights(fresh, folder(recipe, objective))
     found, wanted = fresh.state_dict(), objective.method.student.encoder.state_dict()
     assert_close(dict(found), dict(wanted), rtol=0, atol=0)
+
+
+# Backbones ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_strangers_load_a_backbone(image_folder, tmp_path):
+    path, inputs = tmp_path / "resnet.yaml", tmp_path / "images.pt"
+    path.write_text(
+        f"data: {{path: {image_folder}, modality: vision}}\n"
+        "model: {backbone: resnet, options: {depths: [1, 2], hidden_sizes: [8, 16], embedding_size: 8}, image_size: 16}\n"
+        "method: {name: byol, hidden: 16, dim: 8}\nviews: {crops: [{count: 2}]}\ntrain: {steps: 2}\n"
+    )
+    torch.save([{"pixel_values": X}], inputs)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    encoders, given = {}, []
+    for stem in ("normal", "small"):
+        recipe, draw = Recipe.load(path, f"model.stem={stem}"), torch.Generator().manual_seed(1)
+        objective = Objective(recipe.build())
+        for name, tensor in objective.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=draw)
+                tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.3 * noise)
+        encoders[stem] = objective.method.student.encoder.eval()
+        folder = export_encoder(recipe, recipe.build_views(), model_state(objective), tmp_path / stem)
+        assert (folder / "modeling_mmssl.py").exists() is (stem == "small")
+        given += [folder, inputs, tmp_path / f"{stem}.out"]
+    homes = '("transformers.models.resnet.", "transformers_modules.")'
+    process = start(elsewhere, STRANGER.replace('"transformers_modules."', homes), *given)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    for stem, encoder in encoders.items():
+        ((last, pooled, *layers),) = torch.load(tmp_path / f"{stem}.out", weights_only=True)
+        encoded, (_, local) = encoder(View(X, "vision")), encoder.inspect(View(X, "vision"))
+        assert_close(last.flatten(2).transpose(1, 2), encoded.tokens, rtol=0, atol=1e-6)
+        assert_close(pooled.flatten(1), encoder.pool(encoded), rtol=0, atol=1e-6)
+        assert float(pooled.std()) > 0.01
+        middle = layers[0].shape[-1] // 2
+        assert_close(layers[0][:, :, middle, middle], local, rtol=0, atol=1e-6)
+        out = load_encoder(tmp_path / stem)(pixel_values=X)
+        assert_close([out.last_hidden_state, out.pooler_output], [last, pooled], rtol=0, atol=1e-6)
+    assert type(load_encoder(tmp_path / "normal")) is transformers.ResNetModel
+    assert type(load_encoder(tmp_path / "small")) is MmsslModel

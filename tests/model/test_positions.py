@@ -51,6 +51,38 @@ def test_positions_are_saved_but_not_trained():
     assert list(positions.state_dict()) == ["table"]
 
 
+@pytest.mark.parametrize(("grid", "side"), [((6, 6), 3), ((4, 4), 3), ((2, 5), 3), ((3, 3), 6)])
+def test_a_square_of_another_size_lies_evenly_over_the_same_grid(grid, side):
+    positions, quarter = SinCos2d(8, grid), 2
+    found = positions(torch.zeros(1, side * side, 8))[0][0]
+    for row in range(side):
+        for column in range(side):
+            wanted = []
+            for place, whole in ((column, grid[1]), (row, grid[0])):
+                angles = [((place + 0.5) * whole / side - 0.5) * 10000 ** (-i / quarter) for i in range(quarter)]
+                wanted += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            assert_close(found[row * side + column].double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert list(positions.state_dict()) == ["table"]
+    again = torch.ones(2, side * side, 8, dtype=torch.float64)
+    assert_close(positions(again)[0][1], 1 + found.double(), rtol=0, atol=0)
+
+
+def test_patches_of_two_sizes_have_the_same_mean_position():
+    """Half as many patches a side: each lies in the middle of the four that it covers."""
+    positions = SinCos2d(8, (8, 8))
+    fine, coarse = positions.table[0], positions(torch.zeros(1, 16, 8))[0][0]
+    angle = [torch.atan2(table[:, 1::4], table[:, 3::4]) for table in (fine, coarse)]  # slow waves: of column and row
+    four = angle[0].view(4, 2, 4, 2, 2).mean((1, 3)).flatten(0, 1)
+    assert_close(angle[1], four, rtol=1e-5, atol=1e-6)
+
+
+def test_another_number_of_tokens_must_be_a_square():
+    with pytest.raises(ValueError, match=r"^image_size: 6 patches form no square"):
+        SinCos2d(8, (4, 4))(torch.zeros(1, 6, 8))
+    with pytest.raises(ValueError, match=r"^positions: relative ones know images of 4 x 4 patches, this has 9"):
+        RelativeBias((4, 4), 2, extra=1)(torch.zeros(1, 9, 8))
+
+
 def test_a_width_that_cannot_be_quartered_is_refused():
     with pytest.raises(ValueError, match="hidden_size: 6 is not"):
         SinCos2d(6, (2, 2))

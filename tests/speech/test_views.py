@@ -1,15 +1,22 @@
 import math
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import AutoModel, Data2VecAudioConfig, HubertConfig, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
+from mmssl.data.dataset import KeyedDataset
+from mmssl.data.quarantine import Quarantine
+from mmssl.masks import blocks
 from mmssl.random import generator
-from mmssl.types import Rejected
+from mmssl.types import Batch, Rejected
+from modalities.speech import DEFAULTS
+from modalities.speech.augment import POLICIES, Crop
 from modalities.speech.features import SpeechFeatures
 from modalities.speech.processor import Convolutions, plain_views, processor
 from modalities.speech.views import MaskOptions, SpeechViews
@@ -161,6 +168,168 @@ def test_spans_hide_about_half():
 
 def test_without_masks_there_are_none():
     assert collated(SpeechViews(SpeechFeatures), [40_000, 50_000])[1].mask is None
+
+
+def test_a_single_view_is_drawn_as_ever():
+    """First the seed, then the place; runs that were begun before there were several views go on as they were."""
+    views, sample = SpeechViews(SpeechFeatures, longest=1.0, shortest=1.0, normalise=False, mask=MaskOptions(copies=2)), wave()
+    made = views(sample, drawn("old"))
+    source = generator("old", 0)
+    seed = int(torch.randint(2**63 - 1, (), generator=source))
+    start = int(torch.randint(len(sample) - RATE + 1, (), generator=source))
+    assert (int(made["seed"]), [*made]) == (seed, ["x", "seed"])
+    assert torch.equal(made["x"], sample[start : start + RATE])
+    (view,) = views.collate([made, {"x": made["x"][:-1600], "seed": made["seed"]}])
+    cut = int(torch.randint(1601, (), generator=generator(seed, "crop")))
+    assert torch.equal(view.x[0], made["x"][cut : cut + RATE - 1600])
+    hidden = blocks((SpeechFeatures.frames(RATE - 1600),), 2, 0.5, 5, 0.05, generator(seed, "mask"))
+    assert torch.equal(view.mask.hidden[:2], hidden)
+    assert view.record == {}
+
+
+# Several views
+
+
+def ramp(samples, first=0):
+    return torch.arange(float(first), first + samples)
+
+
+def test_two_crops_lie_at_places_of_their_own_as_recorded():
+    views, sample = SpeechViews(SpeechFeatures, longest=1.0, shortest=1.0, normalise=False, crops="cut"), ramp(3 * RATE)
+    assert (views.count, views.crops) == (2, 0)
+    made = [views(sample, drawn(i)) for i in range(300)]
+    one, two = views.collate(made)
+    assert one.x.shape == two.x.shape == (300, RATE)
+    for view in (one, two):
+        assert torch.equal(view.x, view.x[:, :1] + torch.arange(RATE))
+        assert_close(view.record["start"] * RATE, view.x[:, 0], rtol=1e-6, atol=0.01)
+        assert {record.shape for record in view.record.values()} == {(300,)}
+        assert view.pad is view.mask is None
+    starts = torch.stack([one.record["start"], two.record["start"]])
+    assert abs(float(torch.corrcoef(starts)[0, 1])) < 4 / math.sqrt(300)
+    assert all(abs(float(mean) - 1) < 4 * 2 / math.sqrt(12 * 300) for mean in starts.mean(1))
+
+
+def test_a_view_is_the_same_whatever_others_there_are():
+    sample = wave()
+    two, six = (SpeechViews(SpeechFeatures, shortest=2.0, crops=name)(sample, drawn(3)) for name in ("pair", "multi"))
+    assert [name for name in two if not torch.equal(two[name], six[name])] == []
+    assert not torch.equal(two["0.x"], two["1.x"])
+    again = SpeechViews(SpeechFeatures, shortest=2.0, crops="pair")(sample, drawn(3))
+    assert all(torch.equal(two[name], again[name]) for name in two)
+
+
+def test_the_shortest_sample_fills_the_fastest_view():
+    views = SpeechViews(SpeechFeatures, longest=2.0, shortest=0.5, crops=[Crop(2, speed=(0.8, 1.25))])
+    for length in (8000, 8001, 20_011):
+        for seed in range(10):  # the sampler passes the least length of the update, which this sample has
+            made = views(wave(length), drawn(seed), length)
+            assert len(made["0.x"]) == len(made["1.x"]) == math.floor(length / 1.25)
+    assert len(views(wave(20_011), drawn(0), 8000)["0.x"]) == 6400
+
+
+def test_views_of_a_stream_are_cut_to_the_shortest_and_records_follow():
+    views = SpeechViews(SpeechFeatures, longest=3.0, shortest=0.5, normalise=False, crops=[Crop(2), Crop(1, seconds=0.4)])
+    lengths = [20_000, 9000, 48_000]
+    made = [views(ramp(n, 100_000 * i), drawn(i)) for i, n in enumerate(lengths)]
+    batch = views.collate(made)
+    assert [view.x.shape for view in batch] == [(3, 9000), (3, 9000), (3, 6400)]
+    for view in batch:
+        first = view.x[:, 0] - 100_000 * torch.arange(3)
+        assert_close(view.record["start"] * RATE, first, rtol=1e-5, atol=0.01)
+        assert torch.equal(view.x, view.x[:, :1] + torch.arange(view.x.shape[1]))
+    assert not torch.equal(batch[0].x, batch[1].x)
+    faster = SpeechViews(SpeechFeatures, longest=3.0, shortest=0.5, normalise=False, crops=[Crop(speed=(1.25, 1.25))])
+    (view,) = faster.collate([faster(ramp(n), drawn(i)) for i, n in enumerate(lengths)])
+    middle = view.x.shape[1] // 2
+    assert_close((view.record["start"] + 1.25 * middle / RATE) * RATE, view.x[:, middle], rtol=1e-3, atol=1.0)
+
+
+def test_smaller_crops_have_a_length_of_their_own_and_no_masks():
+    views = SpeechViews(SpeechFeatures, longest=3.0, shortest=2.0, mask=MaskOptions(copies=2), crops="multi")
+    assert (views.count, views.crops) == (2, 4)
+    batch = views.collate([views(wave(n, n), drawn(n), 40_000) for n in (40_000, 50_000)])
+    assert [view.x.shape[1] for view in batch] == [math.floor(40_000 / 1.1)] * 2 + [RATE] * 4
+    assert [view.copies if view.mask else 0 for view in batch] == [2, 2, 0, 0, 0, 0]
+    assert not torch.equal(batch[0].mask.hidden, batch[1].mask.hidden)
+
+
+def test_short_samples_are_rejected_with_a_reason():
+    views = SpeechViews(SpeechFeatures, shortest=1.0, crops="pair")
+    for length, reason in ((None, "too_short: 0.50 s, less than views.shortest=1"), (12_000, "truncated: the header promised")):
+        with pytest.raises(Rejected) as caught:
+            views(wave(8000), drawn(0), length)
+        assert str(caught.value).startswith(reason)
+
+
+def test_silence_and_loud_sound_stay_finite():
+    views = SpeechViews(SpeechFeatures, shortest=1.0, crops="pair-strong")
+    for sample in (torch.zeros(2 * RATE), torch.full((2 * RATE,), 0.5), wave() * 1e4):
+        made = views(sample, drawn("extreme"))
+        assert all(bool(tensor.isfinite().all()) for tensor in made.values())
+
+
+class Waves:
+    """As much of a source as a data set asks for."""
+
+    size, lengths = 12, None
+    value = staticmethod(lambda index: wave(2 * RATE + 500 * index, index))
+    label_at = staticmethod(lambda index: -1)
+    identity = staticmethod(str)
+
+
+def test_two_workers_and_none_give_the_same_batches():
+    kind, views = SimpleNamespace(decode=lambda value: value), SpeechViews(SpeechFeatures, crops="pair-strong")
+    data = KeyedDataset(Waves(), kind, views, 0, Quarantine(None, 0, 0))
+    keys = [[(0, 3, 32_000), (0, 1, 32_000)], [(0, 7, 35_000), (0, 9, 35_000)], [(1, 3, 32_000), (1, 5, 32_000)]]
+    own, theirs = ([*DataLoader(data, batch_sampler=keys, collate_fn=data.collate, num_workers=workers)] for workers in (0, 2))
+    for one, other in zip(own, theirs, strict=True):
+        assert {*one} == {*other}
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(own[0]["0.speech.x"][0], own[2]["0.speech.x"][0])  # another epoch
+    (first, second) = Batch.from_tensors(own[0]).views
+    assert first.x.shape == second.x.shape == (2, math.floor(32_000 / 1.1))
+    assert {*first.record} == {"start", "speed", "pitch", "decay", "noise", "gain", "polarity"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_fit_the_defaults(name):
+    views = SpeechViews(SpeechFeatures, crops=name)
+    assert views.count == 2
+    assert views.crops == (4 if name == "multi" else 0)
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol", "barlow_twins", "vicreg", "swav", "dino"])
+def test_defaults_of_joint_embedding_are_two_views(method):
+    views = SpeechViews(SpeechFeatures, **DEFAULTS[method]["views"])
+    assert (views.count, views.crops, views.mask) == (2, 0, None)
+    assert views.longest <= 5 * RATE
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"crops": "pairs"}, "crops: 'pairs' is no known policy (did you mean pair?)"),
+        ({"crops": []}, "crops: none are listed"),
+        ({"crops": [Crop(), Crop(noise=2.0)]}, "crops.1.noise: 2.0, must be a chance"),
+        ({"crops": [Crop(), Crop(seconds=21.0)]}, "crops.1.seconds: 21.0 s, must be at most views.longest=20"),
+        ({"crops": [Crop(), Crop(seconds=math.nan)]}, "crops.1.seconds: nan"),
+        ({"crops": [Crop(seconds=2.5)]}, "crops.0.seconds: 2.5 s at a speed of up to 1 are more than the shortest"),
+        ({"crops": [Crop(seconds=1.9, speed=(0.9, 1.1))]}, "crops.0.seconds: 1.9 s at a speed of up to 1.1"),
+        ({"crops": [Crop(), Crop(seconds=0.04)]}, "crops.1.seconds: a crop of 0.04 s has fewer than 2 frames"),
+        ({"crops": [Crop(), Crop(seconds=-1.0)]}, "crops.1.seconds: a crop of -1 s"),
+        ({"crops": "cut", "shortest": 0.0}, "shortest: a crop of 0 s has fewer than 2 frames"),
+        (
+            {"crops": [Crop(gaps=4, gap=0.5)]},
+            "crops.0.gap: 4 gaps of up to 0.5 s can silence a whole crop, the shortest have 2 s",
+        ),
+        ({"crops": [Crop(seconds=0.5), Crop(seconds=0.25, gaps=1, gap=0.25)]}, "crops.1.gap: 1 gaps"),
+        ({"crops": "pair", "mask": MaskOptions(width=95)}, "mask.width: 95, must be between 1 and 90"),  # of a shorter view
+    ],
+)
+def test_bad_crops_are_refused_by_their_name(options, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        SpeechViews(SpeechFeatures, **options)
 
 
 # Evaluation

@@ -1,13 +1,18 @@
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from mmssl.data.dataset import KeyedDataset
+from mmssl.data.quarantine import Quarantine
 from mmssl.random import generator
-from mmssl.types import Rejected
-from modalities.text import TextViews
+from mmssl.types import Batch, Rejected
+from modalities.text import DEFAULTS, TextViews
+from modalities.text.augment import POLICIES, Crop, one_by_one, view
 from modalities.text.tokenizer import encode
 from modalities.text.views import MaskOptions, configure
 
@@ -151,6 +156,162 @@ def test_a_text_without_tokens_is_rejected(views, monkeypatch):
             use()
 
 
+def test_a_single_view_is_drawn_as_ever(views, tokenizer, corpus):
+    """First the window, then the seed; runs that were begun before there were several views go on as they were."""
+    text, source = max(corpus, key=len), generator("text", 5, 0)
+    (ids,) = encode(tokenizer, [text])
+    start = int(torch.randint(len(ids) + 1 - 14, (), generator=source))
+    made = views(pack=False)(text, draw(5))
+    assert [*made] == ["x", "seed"]
+    assert made["x"].tolist() == [0, *ids[start : start + 14].tolist(), 2]
+    assert int(made["seed"]) == int(torch.randint(1 << 62, (), generator=source))
+
+
+# Several views -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_tokens_is_kept_as_recorded():
+    tokens, found = torch.arange(100, 150), []
+    for i in range(400):
+        run, record = view(tokens, Crop(span=(0.2, 0.6)), generator("span", i))
+        start = int(record["start"])
+        assert run.equal(tokens[start : start + len(run)])
+        assert record["kept"] == len(run) / 50
+        found.append((len(run), start))
+    lengths = np.array([length for length, _ in found])
+    assert (lengths.min(), lengths.max()) == (10, 30)
+    assert abs(lengths.mean() - 20) < 4 * 20 / np.sqrt(12 * 400)
+    places = np.array([start / (50 - length) for length, start in found])
+    assert places.min() == 0
+    assert places.max() == 1
+    assert abs(places.mean() - 0.5) < 4 / np.sqrt(12 * 400)
+
+
+def test_tokens_are_left_out_with_their_chance_and_stay_in_order():
+    tokens, kept = torch.arange(1000), 0
+    for i in range(20):
+        run, record = view(tokens, Crop(drop=0.3), generator("drop", i))
+        assert run.equal(run.sort().values)
+        assert (record["start"], record["kept"]) == (0.0, len(run) / 1000)
+        kept += len(run)
+    assert abs(kept / 20_000 - 0.7) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
+
+
+def test_a_few_tokens_stay_of_every_text():
+    for count in (1, 3, 4, 5, 9):
+        for i in range(50):
+            run, _ = view(torch.arange(count), Crop(span=(0.01, 0.02), drop=0.99), generator("few", i))
+            assert len(run) == min(count, 4)
+    shortest = min(len(view(torch.arange(40), Crop(drop=0.9), generator("fewer", i))[0]) for i in range(200))
+    assert shortest == 4
+
+
+def test_dropout_pairs_are_twice_the_same(views, tokenizer):
+    every = views(pack=False, max_tokens=64, crops="dropout")
+    assert (every.count, every.crops) == (2, 0)
+    one, two = every.collate(samples(every))
+    rows = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for each in (one, two):
+        assert each.x.equal(rows["input_ids"])
+        assert each.pad.equal(rows["attention_mask"] == 0)
+        assert each.record["start"].tolist() == [0, 0, 0, 0]
+        assert each.record["kept"].tolist() == [1, 1, 1, 1]
+
+
+def test_pairs_of_a_long_text_are_of_one_window(views, corpus):
+    text, used = max(corpus, key=len), views(pack=False, crops="dropout")
+    made = [used(text, draw(i)) for i in range(20)]
+    assert all(sample["0.x"].equal(sample["1.x"]) for sample in made)
+    assert len({tuple(sample["0.x"].tolist()) for sample in made}) > 15
+    one, two = used.collate(made)
+    assert one.record["start"].equal(two.record["start"])
+    assert len(one.record["start"].unique()) > 15
+
+
+def test_every_view_is_padded_for_itself_and_keeps_beginning_and_end(views, tokenizer):
+    every, texts = views(pack=False, max_tokens=64, crops="span-drop"), TEXTS[2:] * 6
+    made = samples(every, texts)
+    batch = every.collate(made)
+    assert batch[0].x.shape != batch[1].x.shape or not batch[0].x.equal(batch[1].x)
+    for i, each in enumerate(batch):
+        lengths = torch.tensor([len(sample[f"{i}.x"]) for sample in made])
+        assert each.x.shape[1] == int(lengths.max())
+        assert each.pad.equal(torch.arange(each.x.shape[1]) >= lengths[:, None])
+        assert (each.x[:, 0] == 0).all()
+        assert (each.x.gather(1, lengths[:, None] - 1) == 2).all()
+        assert (each.x[each.pad] == 1).all()
+        for row, kept, text, length in zip(each.x, each.record["kept"], texts, lengths):
+            whole = tokenizer(text)["input_ids"][1:-1]
+            assert round(float(kept) * len(whole)) == int(length) - 2
+            remaining = iter(whole)  # a subsequence of the text
+            assert all(token in remaining for token in row[1 : int(length) - 1].tolist())
+    assert not batch[0].record["start"].equal(batch[1].record["start"])
+
+
+def test_a_packed_block_has_a_beginning_only(views):
+    used = views(max_tokens=31, crops=[Crop(2, span=(0.5, 0.5))])
+    made = [used(np.arange(10, 40), draw(i)) for i in range(4)]
+    one, two = used.collate(made)
+    assert one.x.shape == two.x.shape == (4, 16)
+    assert one.pad is two.pad is None
+    assert (one.x[:, 0] == 0).all()
+    assert (one.x[:, 1:] == one.x[:, 1:2] + torch.arange(15)).all()
+    assert (one.x[:, 1] - 10).tolist() == one.record["start"].tolist()
+    assert (used.ragged, used.longest) == (False, None)
+    (text, _) = used.collate([used("the value", draw())])
+    assert text.x[0, -1] == 2  # a text is closed
+
+
+def test_views_depend_on_their_key_alone_and_not_on_other_views(views):
+    text, before = TEXTS[3], torch.get_rng_state()
+    two, six = (
+        views(pack=False, max_tokens=64, crops=[Crop(2, (0.3, 1.0), 0.1), *more]) for more in ([], [Crop(4, (0.1, 0.3))])
+    )
+    a, b, again, other = two(text, draw(1)), six(text, draw(1)), two(text, draw(1)), two(text, draw(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(a[name].equal(b[name]) and a[name].equal(again[name]) for name in a)
+    assert not a["0.x"].equal(a["1.x"])
+    assert not a["0.x"].equal(other["0.x"])
+    assert (six.count, six.crops) == (2, 4)
+
+
+def test_smaller_crops_come_last_and_without_masks(views):
+    used = views(pack=False, max_tokens=64, mask=MaskOptions(copies=3), crops=[Crop(2, (0.2, 0.4)), Crop(2, (0.5, 1.0))])
+    assert [crop.span for crop in used.kinds] == [(0.5, 1.0), (0.5, 1.0), (0.2, 0.4), (0.2, 0.4)]
+    batch = used.collate(samples(used))
+    assert [each.copies if each.mask else 0 for each in batch] == [3, 3, 0, 0]
+    for each in batch[:2]:
+        assert each.mask.hidden.shape == (12, each.x.shape[1])
+        assert not (each.mask.hidden & each.pad.repeat_interleave(3, 0)).any()
+
+
+def test_a_text_without_tokens_has_no_views(views):
+    with pytest.raises(Rejected, match="empty: no token"):
+        views(pack=False, crops="span")(np.array([0, 2]), draw())
+
+
+class Texts:
+    """As much of a source as a data set asks for."""
+
+    size, lengths = 4, None
+    value = staticmethod(lambda index: TEXTS[index])
+    label_at = staticmethod(lambda index: -1)
+    identity = staticmethod(str)
+
+
+def test_two_workers_and_none_give_the_same_batches(views):
+    used = views(pack=False, max_tokens=64, crops="multi")
+    data = KeyedDataset(Texts(), SimpleNamespace(decode=lambda text: text), used, 0, Quarantine(None, 0, 0))
+    keys = [[(0, 3), (0, 1)], [(0, 2), (0, 0)], [(1, 3), (1, 1)]]
+    own, theirs = ([*DataLoader(data, batch_sampler=keys, collate_fn=data.collate, num_workers=workers)] for workers in (0, 2))
+    for one, other in zip(own, theirs, strict=True):
+        assert {*one} == {*other}
+        assert all(one[name].equal(other[name]) for name in one)
+    assert not own[0]["0.text.x"].equal(own[2]["0.text.x"])  # another epoch
+    back = Batch.from_tensors(own[0]).views
+    assert [{*each.record} for each in back] == [{"start", "kept"}] * 6
+
+
 # Options ------------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +328,39 @@ def test_a_text_without_tokens_is_rejected(views, monkeypatch):
 def test_masks_that_cannot_be(views, mask, words):
     with pytest.raises(ValueError, match=words):
         views(mask=MaskOptions(**mask))
+
+
+@pytest.mark.parametrize(
+    ("crops", "words"),
+    [
+        ("span_drop", "crops: 'span_drop' is no known policy (did you mean span-drop?); known are dropout, "),
+        ([], "crops: none are listed; name a policy, one of dropout, "),
+        ([Crop(), Crop(0)], "crops.1.count: 0, must be between 1 and 64"),
+        ([Crop(span=(0.0, 0.5))], "crops.0.span: [0.0, 0.5], must be two shares"),
+        ([Crop(span=(0.5, 0.4))], "crops.0.span"),
+        ([Crop(span=(0.5, 1.1))], "crops.0.span"),
+        ([Crop(drop=1.0)], "crops.0.drop: 1.0, must be a chance"),
+        ([Crop(drop=-0.1)], "crops.0.drop"),
+        ([Crop(drop=float("nan"))], "crops.0.drop"),
+    ],
+)
+def test_crops_that_cannot_be(views, crops, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        views(crops=crops)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_have_two_full_size_views(name):
+    kinds, full = one_by_one(name)
+
+    assert (full, len(kinds)) == ((2, 6) if name == "multi" else (2, 2))
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol", "barlow_twins", "vicreg", "swav", "dino"])
+def test_defaults_of_joint_embedding_are_two_views_of_documents(views, method):
+    used = views(**DEFAULTS[method]["views"])
+    assert (used.count, used.crops, used.mask, used.pack) == (2, 0, None, False)
+    assert DEFAULTS[method]["model"]["dropout"] == 0.1
 
 
 def test_the_tokenizer_is_loaded_when_it_is_needed(views, monkeypatch):

@@ -6,10 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 from mmssl.model.configuration import MmsslConfig
+from mmssl.model.encoder import Encoder
 from mmssl.random import generator
+from mmssl.types import Batch, View
+from modalities.vision import DEFAULTS
+from modalities.vision.augment import Change, Crop
 from modalities.vision.features import PatchFeatures
 from modalities.vision.processor import plain_views, processor
 from modalities.vision.views import ImageViews, MaskOptions, crop_box, jittered
@@ -155,6 +159,187 @@ def test_collating_keeps_samples_in_order_and_their_masks_adjacent():
     assert ImageViews(features()).collate([{"x": samples[0]["x"]}])[0].mask is None
 
 
+# Several crops
+
+
+def plain_pixels(x, size):
+    """A normalised view as 256 levels, (H, W, C)."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert x.shape == (3, size, size)
+    return ((x * std + mean) * 255).round().permute(1, 2, 0).numpy().astype(np.int16)
+
+
+SMALL = Crop(2, 16, scale=(0.05, 0.3))
+
+
+def test_one_view_for_each_crop_full_size_first():
+    views = ImageViews(features(), crops=[SMALL, Crop(1, grey=1.0), Crop(1, 32, grey=0.0)])
+    assert (views.count, views.crops) == (2, 2)
+    found = views.collate([views(picture(seed=i), drawn(i)) for i in range(3)])
+    assert [tuple(view.x.shape) for view in found] == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 2
+    assert [view.record["grey"].tolist() for view in found] == [[1.0] * 3] + [[0.0] * 3] * 3
+    for view in found:
+        assert (view.modality, view.mask) == ("vision", None)
+        shapes = {name: tuple(t.shape) for name, t in view.record.items()}
+        assert shapes == {"box": (3, 4), "colour": (3, 4), "sequence": (3, 4)} | dict.fromkeys(
+            ("flip", "grey", "blur", "solarize"), (3,)
+        )
+    there_and_back = Batch.from_tensors(Batch(found, torch.arange(3)).tensors()).views
+    for one, other in zip(found, there_and_back, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert all(torch.equal(one.record[name], other.record[name]) for name in one.record)
+
+
+def test_more_than_ten_views_stay_in_order():
+    views = ImageViews(features(), crops=[Crop(12, flip=0.0)])
+    sample = views(picture(), drawn(0))
+    for i, view in enumerate(views.collate([sample])):
+        assert torch.equal(view.x[0], sample[f"{i}.x"])
+        assert torch.equal(view.record["box"][0], sample[f"{i}.box"])
+
+
+@pytest.mark.parametrize("policy", ["simclr", "moco1", "mocov3", "dino"])
+def test_a_view_of_a_policy_is_what_its_record_says(policy):
+    image, views = picture(70, 50), ImageViews(features(), crops=policy)
+    blurred = 0
+    for key in range(10):
+        for view, crop in zip(views.collate([views(image, drawn(policy, key))]), views.kinds, strict=True):
+            record = {name: t[0].tolist() for name, t in view.record.items()}
+            left, top, width, height = (round(v * side, 3) for v, side in zip(record["box"], (70, 50, 70, 50)))
+            assert all(v.is_integer() for v in (left, top, width, height))
+            area = width * height / (70 * 50)
+            assert 0.9 * crop.scale[0] - 0.01 < area < 1.1 * crop.scale[1]
+            cut = functional.crop(image, int(top), int(left), int(height), int(width))
+            mode = functional.InterpolationMode(crop.interpolation)
+            wanted = functional.resize(cut, [crop.size, crop.size], mode)
+            exact = image.resize((crop.size,) * 2, mode_of(crop), (left, top, left + width, top + height))
+            edge = int(2 + 2 * crop.size / min(width, height))  # there the filter sees beyond the box
+            apart = (np.asarray(exact, np.int16) - np.asarray(wanted, np.int16))[edge:-edge, edge:-edge]
+            assert apart.size == 0 or np.abs(apart).max() <= 1  # of rounding, where Pillow swaps its two passes
+            change = Change(
+                bool(record["flip"]),
+                tuple(record["colour"]),
+                tuple(int(i) for i in record["sequence"]),
+                bool(record["grey"]),
+                record["blur"],
+                bool(record["solarize"]),
+            )
+            found = plain_pixels(view.x[0], crop.size)
+            difference = np.abs(found - np.asarray(change.applied(exact, crop.order), np.int16))
+            assert difference.max() <= 1  # factors were rounded to float32
+            assert difference.mean() < 0.01
+            blurred += record["blur"] > 0
+    assert (blurred > 0) == (policy != "moco1")
+
+
+def mode_of(crop):
+    return Image.Resampling.BICUBIC if crop.interpolation == "bicubic" else Image.Resampling.BILINEAR
+
+
+def test_views_depend_on_their_own_key_alone():
+    image, views = picture(), ImageViews(features(), crops=[Crop(2), SMALL])
+    one = views(image, lambda view: generator("a", view))
+    other = views(image, lambda view: generator("b" if view == 1 else "a", view))
+    for name, tensor in one.items():
+        changed = not torch.equal(tensor, other[name])
+        assert not changed or name.startswith("1.")
+    assert not torch.equal(one["1.x"], other["1.x"])
+    assert not torch.equal(one["0.x"], one["1.x"])
+    assert not torch.equal(one["0.box"], one["1.box"])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = views(image, lambda view: generator("a", view))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+
+
+def test_crops_do_not_move_when_a_chance_is_changed():
+    image = picture()
+    bare, full = (
+        ImageViews(features(), crops=[Crop(2, jitter=jitter, grey=p, blur=p, solarize=p), SMALL])
+        for jitter, p in (((0.0,) * 4, 0.0), ((0.4, 0.4, 0.4, 0.1), 1.0))
+    )
+    one, other = bare(image, drawn(0)), full(image, drawn(0))
+    for i in range(4):
+        assert torch.equal(one[f"{i}.box"], other[f"{i}.box"])
+        assert torch.equal(one[f"{i}.flip"], other[f"{i}.flip"])
+        assert torch.equal(one[f"{i}.x"], other[f"{i}.x"]) == (i >= 2)
+
+
+def test_boxes_are_distributed_as_the_kind_of_crop_says():
+    image = picture(200, 160)
+    views = ImageViews(features(), crops=[Crop(2, scale=(0.4, 1.0)), Crop(3, 16, scale=(0.05, 0.14))])
+    found = views.collate([views(image, drawn(i)) for i in range(100)])
+    for i, view in enumerate(found):
+        box = view.record["box"]
+        area = box[:, 2] * box[:, 3]
+        low, high = (0.4, 1.0) if i < 2 else (0.05, 0.14)
+        assert bool(((area > low * 0.95) & (area < high * 1.05)).all())
+        assert bool((box[:, :2] + box[:, 2:] <= 1 + 1e-6).all())
+        assert float(area.std()) > (high - low) / 8
+
+
+def test_masks_are_those_of_the_full_size_views():
+    mask = MaskOptions(ratio=0.5, adjust=0.1, width=2, copies=3)
+    views = ImageViews(features(), crops=[Crop(2), SMALL], mask=mask)
+    samples = [views(picture(seed=i), drawn(i)) for i in range(4)]
+    found = views.collate(samples)
+    assert [view.mask is not None for view in found] == [True, True, False, False]
+    for v in range(2):
+        assert found[v].copies == 3
+        for i, sample in enumerate(samples):
+            assert torch.equal(found[v].mask.hidden[3 * i : 3 * i + 3], sample[f"{v}.hidden"])
+    assert not torch.equal(found[0].mask.hidden, found[1].mask.hidden)
+
+
+def test_grey_models_take_policies_too():
+    views = ImageViews(features(channels=1), mean=(0.5,), std=(0.25,), crops="byol")
+    found = views.collate([views(picture(), drawn(0))])
+    assert [tuple(view.x.shape) for view in found] == [(1, 1, 32, 32)] * 2
+
+
+def test_the_plain_view_does_not_depend_on_the_crops():
+    image = picture(50, 40)
+    assert torch.equal(ImageViews(features(), crops="dino").plain([image]).x, ImageViews(features()).plain([image]).x)
+
+
+def test_each_method_begins_with_the_views_it_takes():
+    multi, single = {"swav", "deepcluster_v2", "sela_v2", "dino"}, {"deepcluster", "instance_discrimination"}
+    seen = set()
+    for method, blocks in DEFAULTS.items():
+        if "crops" in blocks["views"]:
+            views = ImageViews(features(), **blocks["views"])
+            assert views.count == (1 if method in single else 2)
+            assert (views.crops > 0) == (method in multi)
+            seen.add(method)
+    others = {"simclr", "simclr_v2", "moco_v1", "moco_v2", "moco_v3", "byol", "simsiam", "barlow_twins", "vicreg"}
+    assert seen == multi | single | others
+
+
+@torch.no_grad()
+def test_an_encoder_reads_smaller_crops_by_their_place_in_the_grid():
+    torch.manual_seed(0)
+    config = MmsslConfig(modality="vision", hidden_size=16, depth=2, heads=2, image_size=32, patch_size=8)
+    encoder = Encoder.from_config(config).eval()
+    x = torch.randn(2, 3, 16, 16)
+    features = encoder.features.proj(x).flatten(2).transpose(1, 2)  # (2, 4, 16)
+    table = []
+    for row in (0.5, 2.5):  # two patches over a grid of four
+        for column in (0.5, 2.5):
+            angles = [[place * 10000 ** (-i / 4) for i in range(4)] for place in (column, row)]
+            table.append([f(a) for half in angles for f in (math.sin, math.cos) for a in half])
+    wanted = encoder.transformer(features + torch.tensor(table), None, None)[0]
+    found = encoder(View(x, "vision"))
+    assert_close(found.tokens, wanted[:, encoder.transformer.extra_tokens :], rtol=1e-5, atol=1e-6)
+    assert encoder(View(torch.randn(2, 3, 32, 32), "vision")).tokens.shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(16, 20), (20, 20), (16, 32)])
+def test_an_image_that_is_no_square_of_patches_is_refused(size):
+    with pytest.raises(ValueError, match=rf"^image_size: an image of {size[0]} x {size[1]} pixels"):
+        features()(torch.zeros(1, 3, *size))
+
+
 # Export
 
 
@@ -208,6 +393,34 @@ def test_views_of_a_saved_model_are_those_it_was_trained_with(tmp_path):
 def test_a_bad_option_is_refused_by_its_name(options, name):
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         ImageViews(features(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"crops": "simlcr"}, r"crops: 'simlcr' is no known policy \(did you mean simclr\?\)"),
+        ({"crops": []}, "crops: at least one must be of full size, model.image_size=32"),
+        ({"crops": [SMALL]}, "crops: at least one must be of full size, model.image_size=32"),
+        ({"crops": [Crop(2), Crop(2, 20)]}, r"crops\.1\.size: 20 pixels"),
+        ({"crops": [Crop(2), Crop(2, 64)]}, r"crops\.1\.size: 64 pixels"),
+        ({"crops": [Crop(blur=2.0)]}, r"crops\.0\.blur: 2\.0, must be a probability"),
+        ({"crops": "simclr", "flip": 0.0}, "scale, aspect, flip, jitter: each of the crops has its own"),
+        ({"crops": "simclr", "jitter": 0.4}, "scale, aspect, flip, jitter: each of the crops has its own"),
+        ({"crops": "simclr", "scale": [0.1, 1.0]}, "scale, aspect, flip, jitter: each of the crops has its own"),
+    ],
+)
+def test_bad_crops_are_refused(options, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        ImageViews(features(), **options)
+
+
+def test_crops_smaller_than_two_patches_or_with_relative_positions_are_refused():
+    with pytest.raises(ValueError, match=r"^crops\.1\.size: 0 pixels, .* model\.image_size=32, in whole patches of 32"):
+        ImageViews(features(patch=32), crops="swav")
+    relative = PatchFeatures(16, 32, 8, positions="relative")
+    assert ImageViews(relative, crops="byol").count == 2
+    with pytest.raises(ValueError, match=r"^crops: relative positions know one size of image"):
+        ImageViews(relative, crops="dino")
 
 
 def test_colours_change_as_torchvision_changes_them_in_a_drawn_order():

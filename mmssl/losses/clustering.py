@@ -1,0 +1,71 @@
+"""Clustering: views of a sample predict its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from mmssl.distributed import all_max, all_sum, world
+from mmssl.losses.distillation import predict_others
+from mmssl.losses.numerics import above_zero, at_least_fp32
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: ProcessGroup | None = None) -> Tensor:
+    """Codes: soft assignments that follow the scores while all prototypes get about the same share of the batch of all ranks.
+
+    Each iteration gives all prototypes the same mass, then all samples. Done with logarithms, so nothing over- or underflows.
+
+    Args:
+        scores: (B, K) cosines of samples and prototypes, float32 or float64; each rank has other rows.
+        eps: entropy weight, above 0: codes are one-hot near 0 and uniform far from it.
+        iterations: at least 1.
+    Returns: (B, K), no gradient; rows sum to 1, prototypes only nearly to N / K.
+    Raises: ValueError in half precision, where scores / eps has too few digits.
+    Source: arXiv:2006.09882, Eq. 3-5 and Appendix A.
+    """
+    above_zero(eps=eps)
+    if iterations < 1:
+        raise ValueError(f"iterations: {iterations}, must be at least 1")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"scores: {scores.dtype}, too coarse to be divided by eps; pass scores.float(), made without autocast")
+    log_codes = scores / eps
+    for _ in range(iterations):
+        peak = all_max(log_codes.amax(0), group)
+        log_codes = log_codes - peak - all_sum((log_codes - peak).exp().sum(0), group).log()
+        log_codes = log_codes.log_softmax(1)
+    return log_codes.exp()
+
+
+def swav(scores: Sequence[Tensor], codes: Mapping[int, Tensor], temperature: float = 0.1) -> Tensor:
+    """Cross entropy between the codes of some views and the predictions from each other view.
+
+    Args:
+        scores: per view (B, K) cosines of samples and prototypes.
+        codes: view -> (B, K), from `sinkhorn`; held constant.
+        temperature: above 0.
+    Returns: () mean over pairs of a code and another view, and over this rank's samples, in nats; log K if all is uniform.
+    Raises: ValueError if there is no such pair.
+    Source: arXiv:2006.09882, Eq. 1-2 and 6.
+    """
+    above_zero(temperature=temperature)
+    return predict_others(codes, [at_least_fp32(one) / temperature for one in scores])
+
+
+def cluster_cross_entropy(scores: Tensor, ids: Tensor, temperature: float = 0.1, group: ProcessGroup | None = None) -> Tensor:
+    """Cross entropy of a sample's cluster.
+
+    Args:
+        scores: (B, K) logits, or cosines of samples and centroids.
+        ids: (B,) int64 clusters; samples with -100 do not count.
+        temperature: above 0.
+    Returns: () in nats, whose mean over ranks is the mean over all samples that count; 0 if there are none.
+    Source: arXiv:1807.05520, Eq. 1; the temperature from DeepCluster v2, arXiv:2006.09882, appendix.
+    """
+    above_zero(temperature=temperature)
+    total = F.cross_entropy(at_least_fp32(scores) / temperature, ids, ignore_index=-100, reduction="sum")
+    return total * world(group) / all_sum((ids != -100).sum(), group).clamp(min=1)

@@ -1,0 +1,61 @@
+"""Softmax distillation: crops of a sample predict each other's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmssl.losses.numerics import above_zero, at_least_fp32
+
+
+def predict_others(targets: Mapping[int, Tensor], logits: Sequence[Tensor]) -> Tensor:
+    """Cross entropy between the targets of some crops and the predictions from each other crop.
+
+    Args:
+        targets: crop -> (B, K) distributions, which are held constant.
+        logits: per crop (B, K).
+    Returns: () mean over pairs of a target and another crop, and over this rank's samples, in nats.
+    Raises: ValueError if there is no such pair.
+    """
+    pairs = len(targets) * len(logits) - len(targets)
+    if pairs <= 0:
+        raise ValueError(f"views: {len(logits)}, there must be another crop to predict a target from")
+    total = logits[0].new_zeros((), dtype=at_least_fp32(logits[0]).dtype)
+    for crop, scores in enumerate(logits):
+        wanted = [target.detach() for other, target in targets.items() if other != crop]
+        if wanted:  # one product for all targets of a crop, since the entropy is linear in them
+            total = total - (torch.stack(wanted).sum(0) * at_least_fp32(scores).log_softmax(1)).sum(1).mean()
+    return total / pairs
+
+
+def dino(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    center: Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.04,
+) -> Tensor:
+    """Cross entropy between the teacher's sharpened, centred distributions and the student's, over pairs of different crops.
+
+    Args:
+        student_logits: per crop (B, K), the full-size ones first.
+        teacher_logits: per full-size crop (B, K), in the same order. No gradient reaches them.
+        center: (K,), subtracted from the teacher's logits; update it afterwards.
+        student_temperature, teacher_temperature: above 0, the teacher's below the student's.
+    Returns: () mean over pairs and this rank's samples, in nats; log K if both are uniform.
+    Raises: ValueError if there is only one crop, or more of the teacher's than of the student's.
+    Source: arXiv:2104.14294, Eq. 3 and Algorithm 1.
+    """
+    above_zero(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+    if len(teacher_logits) > len(student_logits):
+        raise ValueError(f"views: the teacher sees {len(teacher_logits)} crops, the student only {len(student_logits)} of them")
+    targets = {i: teacher_distribution(one, center, teacher_temperature) for i, one in enumerate(teacher_logits)}
+    return predict_others(targets, [at_least_fp32(one) / student_temperature for one in student_logits])
+
+
+@torch.no_grad()
+def teacher_distribution(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """(B, K) centred, sharpened softmax of DINO's teacher, fp32 or higher. logits: (B, K).  center: (K,)."""
+    return ((at_least_fp32(logits) - center) / temperature).softmax(-1)

@@ -1,0 +1,62 @@
+"""DINO."""
+
+from __future__ import annotations
+
+import math
+
+from mmssl import losses
+from mmssl.methods.families import JointEmbedding
+from mmssl.methods.method import Normal
+from mmssl.model.encoder import Encoder
+from mmssl.parts import Center, DinoHead, Network, Teacher
+from mmssl.schedules import Schedule, cosine, linear
+from mmssl.types import Batch, Clock, StepOutput
+
+
+class DINO(JointEmbedding):
+    """Caron et al. 2021, arXiv:2104.14294: predict the teacher's centred, sharpened distribution of a full-size view from the
+    other views.
+    """
+
+    paper, coverage = "arXiv:2104.14294", (10,)
+    crops, exports = True, "teacher"
+    normal = (
+        *JointEmbedding.normal,
+        Normal("target_use", 0.1, "collapsed: one output takes all samples; is method.center_momentum below 1?"),
+        Normal("target_entropy", 0.0, "", 0.995, "collapsed: targets are uniform; lower method.teacher_temperature"),
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prototypes: int = 65_536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        head_norm: bool = False,
+        unit_gain: bool = True,
+        freeze_epochs: int = 1,
+        temperature: float = 0.1,
+        teacher_temperature: Schedule = linear(0.04, 0.07, steps=29, by="epoch"),
+        center_momentum: float = 0.9,
+        momentum: Schedule = cosine(0.996, 1.0),
+    ):
+        super().__init__()
+        head = DinoHead(encoder.dim, prototypes, hidden, bottleneck, layers, head_norm, unit_gain, freeze_epochs)
+        self.student = Network(encoder=encoder, projector=head)
+        self.teacher = Teacher(self.student, momentum, batch_stats=True)
+        self.center = Center(prototypes, center_momentum)
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+
+    def forward(self, batch: Batch, clock: Clock) -> StepOutput:
+        """The teacher sees the two full-size views, the student all; views of one size share batch statistics."""
+        targets = self.teacher.project_all(self.teacher.embed_all(batch.views[: self.views]))  # per view (B, K)
+        h = self.student.embed_all(batch.views)
+        logits = self.student.project_all(h)
+        sharp = self.teacher_temperature(clock)
+        loss = losses.dino(logits, targets, self.center.value, self.temperature, sharp)
+        for one in targets:
+            self.center.update(one)
+        nats = math.log(logits[0].shape[1])
+        use = losses.assignment_entropy(losses.teacher_distribution(targets[0], self.center.value, sharp))
+        return self.output({"dino": loss}, h[0], h[0], target_use=use.of_mean / nats, target_entropy=use.mean / nats)

@@ -1,0 +1,67 @@
+"""SwAV."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from mmssl import losses
+from mmssl.methods.families import JointEmbedding, unit
+from mmssl.methods.method import Normal
+from mmssl.model.encoder import Encoder
+from mmssl.model.heads import mlp
+from mmssl.parts import Network, Prototypes, Queue
+from mmssl.types import Batch, Clock, StepOutput
+
+
+class SwAV(JointEmbedding):
+    """Caron et al. 2020, arXiv:2006.09882: predict the balanced cluster code of one view from the other views."""
+
+    paper, coverage = "arXiv:2006.09882", (14, 15)
+    crops = True
+    normal = (
+        *JointEmbedding.normal,
+        Normal("code_use", 0.1, "collapsed: all samples get the same few prototypes"),
+        Normal("prediction_entropy", 0.0, "", 0.995, "predictions are uniform: freeze prototypes longer or lower method.eps"),
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        hidden: int = 2048,
+        dim: int = 128,
+        prototypes: int = 3000,
+        temperature: float = 0.1,
+        eps: float = 0.05,
+        iterations: int = 3,
+        freeze_epochs: int = 1,
+        queue: int = 0,
+        queue_from_epoch: int = 15,
+    ):
+        super().__init__()
+        self.student = Network(encoder=encoder, projector=mlp(encoder.dim, hidden, dim))
+        self.prototypes = Prototypes(dim, prototypes, freeze_epochs)
+        self.queues: Any = torch.nn.ModuleList(Queue(queue, dim, newest_first=True, seed=i) for i in range(2 if queue else 0))
+        self.temperature, self.eps, self.iterations, self.queue_from_epoch = temperature, eps, iterations, queue_from_epoch
+
+    def forward(self, batch: Batch, clock: Clock) -> StepOutput:
+        """Codes of the two full-size views. Views of one size share batch statistics, in the projector all views do."""
+        h = self.student.embed_all(batch.views)
+        z = unit(self.student.project_all(h))
+        scores = list(self.prototypes(torch.cat(z)).split([len(one) for one in z]))  # per view (B, K)
+        codes = {}
+        for view in range(self.views):
+            past = scores[view][:0]
+            if self.queues and clock.epoch >= self.queue_from_epoch:
+                queue: Queue = self.queues[view]
+                past = self.prototypes(queue.read(own=True)) if queue.is_full else past
+                queue.push(z[view], batch.index)
+            found = losses.sinkhorn(torch.cat([past, scores[view]]).detach(), self.eps, self.iterations)
+            codes[view] = found[len(past) :]
+        terms = {"swap": losses.swav(scores, codes, self.temperature)}
+        nats = math.log(scores[0].shape[1])
+        use = losses.assignment_entropy(codes[0]).of_mean / nats
+        sure = losses.assignment_entropy((scores[0].detach() / self.temperature).softmax(-1)).mean / nats
+        return self.output(terms, h[0], z[0], code_use=use, prediction_entropy=sure)

@@ -1,0 +1,193 @@
+"""The crops and colours of the joint-embedding papers: published policies, and the keyed draws that carry them out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+Step = Literal["flip", "jitter", "grey", "blur", "solarize"]
+FLIP_FIRST: tuple[Step, ...] = ("flip", "jitter", "grey", "blur", "solarize")
+FLIP_LAST: tuple[Step, ...] = ("jitter", "grey", "blur", "solarize", "flip")
+GREY_FIRST: tuple[Step, ...] = ("grey", "jitter", "blur", "solarize", "flip")
+UNCHANGED = (1.0, 1.0, 1.0, 0.0)
+ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Crops of one kind: what is cut from an image, and with which chance it is changed in which way."""
+
+    count: int = 1
+    size: int | None = None  # pixels; model.image_size if unset
+    scale: tuple[float, float] = (0.08, 1.0)  # of the image's area
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width : height
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation; hue in turns
+    jitter_chance: float = 0.8
+    grey: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, whatever the size of the crop
+    solarize: float = 0.0
+    order: tuple[Step, ...] = FLIP_FIRST  # after the crop
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+
+
+_SIMCLR = Crop(2, 224, jitter=(0.8, 0.8, 0.8, 0.2), grey=0.2, blur=0.5)
+_MOCO = Crop(2, 224, (0.2, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2, blur=0.5, order=FLIP_LAST)
+_MOCO1 = replace(_MOCO, jitter=(0.4, 0.4, 0.4, 0.4), jitter_chance=1.0, blur=0.0, order=GREY_FIRST)
+_BYOL = Crop(1, 224, jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2)
+_SWAV = replace(_SIMCLR, interpolation="bilinear")
+_LOCAL = replace(_BYOL, size=96, blur=0.5)  # of DINO
+_SOLO = Crop(2, 32, jitter=(0.8, 0.8, 0.8, 0.2), grey=0.2, order=FLIP_LAST)  # solo-learn's, which flips last and is bicubic
+_SOLO_BYOL = replace(_SOLO, jitter=(0.4, 0.4, 0.2, 0.1))
+
+
+def _uneven(crop: Crop, blur: tuple[float, float] = (1.0, 0.1)) -> tuple[Crop, Crop]:
+    """The two policies of BYOL, always the first for the first view: the second is solarised, and seldom blurred."""
+    crop = replace(crop, count=1)
+    return replace(crop, blur=blur[0]), replace(crop, blur=blur[1], solarize=0.2)
+
+
+# Sizes are those of the paper; `policy` scales them to the model's. Where paper and authors' code differ, this is the code.
+POLICIES: dict[str, tuple[Crop, ...]] = {
+    "simclr": (_SIMCLR,),  # arXiv:2002.05709, strength 1
+    "instdisc": (replace(_MOCO1, count=1),),  # arXiv:1805.01978, whose policy MoCo v1 took over
+    "moco1": (_MOCO1,),  # arXiv:1911.05722
+    "moco2": (_MOCO,),  # arXiv:2003.04297, and SimSiam
+    "mocov3": _uneven(replace(_BYOL, interpolation="bilinear", order=FLIP_LAST)),  # arXiv:2104.02057, vision transformers
+    "mocov3-resnet": _uneven(replace(_BYOL, scale=(0.2, 1.0), interpolation="bilinear", order=FLIP_LAST)),
+    "byol": _uneven(_BYOL),  # arXiv:2006.07733, and Barlow Twins, VICReg
+    "swav": (replace(_SWAV, scale=(0.14, 1.0)), replace(_SWAV, count=6, size=96, scale=(0.05, 0.14))),  # arXiv:2006.09882
+    "swav-160": (replace(_SWAV, size=160), replace(_SWAV, count=4, size=96, scale=(0.05, 0.14))),
+    "swav-two-crop": (_SWAV,),
+    "dino": (*_uneven(replace(_BYOL, scale=(0.4, 1.0))), replace(_LOCAL, count=8, scale=(0.05, 0.4))),  # arXiv:2104.14294
+    "dino-800": (*_uneven(replace(_BYOL, scale=(0.25, 1.0))), replace(_LOCAL, count=10, scale=(0.05, 0.25))),  # ViT-S, epochs
+    "dino-resnet": (*_uneven(replace(_BYOL, scale=(0.14, 1.0))), replace(_LOCAL, count=6, scale=(0.05, 0.14))),
+    "dino-two-crop": _uneven(replace(_BYOL, scale=(0.14, 1.0))),
+    "deepcluster": (Crop(1, 224, interpolation="bilinear"),),  # arXiv:1807.05520
+    # 32 pixels
+    "simclr-cifar": (Crop(2, 32, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),),  # SimCLR's code, strength 0.5, no blur
+    "moco-cifar": (Crop(2, 32, interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),),  # MoCo's notebook
+    "symmetric": (replace(_SOLO, blur=0.5),),  # SimCLR, SwAV, DeepCluster v2
+    "symmetric-weak": (replace(_SOLO, jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5),),  # MoCo v2, SimSiam
+    "asymmetric": _uneven(_SOLO_BYOL, blur=(0.0, 0.0)),  # BYOL, Barlow Twins, DINO, MoCo v3
+    "vicreg-cifar": (replace(_SOLO_BYOL, scale=(0.2, 1.0), solarize=0.1),),
+}
+
+
+def policy(name: str, image_size: int, patch_size: int = 1) -> list[Crop]:
+    """The crops of a published policy for images of another size: smaller crops in proportion, in whole patches.
+
+    Raises: ValueError with the nearest name if there is no such policy.
+    """
+    if name not in POLICIES:
+        close = difflib.get_close_matches(name, POLICIES, 1, 0.5)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"crops: {name!r} is no known policy{hint}; known are {', '.join(POLICIES)}")
+    published = POLICIES[name][0].size
+    assert published is not None
+
+    def fitted(size: int | None) -> int:
+        if size is None or size == published:
+            return image_size
+        patches = max(1, round(image_size * size / published / patch_size))
+        return min(patches, image_size // patch_size - 1) * patch_size
+
+    return [replace(crop, size=fitted(crop.size)) for crop in POLICIES[name]]
+
+
+def check_crop(crop: Crop, key: str, image_size: int, patch_size: int = 1) -> None:
+    """Raises: ValueError that begins with `key.` and the option that is wrong."""
+    size = image_size if crop.size is None else crop.size
+    if not 1 <= crop.count <= 64:
+        raise ValueError(f"{key}.count: {crop.count}, must be between 1 and 64")
+    if not 1 <= size <= image_size or size % patch_size:
+        raise ValueError(
+            f"{key}.size: {size} pixels, must be between 1 and model.image_size={image_size}, in whole patches of {patch_size}"
+        )
+    check_box(crop.scale, crop.aspect, f"{key}.")
+    for name in ("flip", "jitter_chance", "grey", "blur", "solarize"):
+        if not 0 <= getattr(crop, name) <= 1:
+            raise ValueError(f"{key}.{name}: {getattr(crop, name)}, must be a probability")
+    if min(crop.jitter) < 0 or crop.jitter[3] > 0.5:
+        raise ValueError(f"{key}.jitter: {crop.jitter}, must be at least 0, and hue at most 0.5 turns")
+    if not 0 < crop.blur_sigma[0] <= crop.blur_sigma[1]:
+        raise ValueError(f"{key}.blur_sigma: {crop.blur_sigma}, must be two widths with 0 < smallest <= largest")
+    if sorted(crop.order) != sorted(FLIP_FIRST):
+        raise ValueError(f"{key}.order: {', '.join(crop.order)}; must name each of {', '.join(FLIP_FIRST)} once")
+
+
+def check_box(scale: Sequence[float], aspect: Sequence[float], prefix: str = "") -> None:
+    """Raises: ValueError if no crop can have such areas and shapes."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"{prefix}scale: {scale}, must be two areas with 0 < smallest <= largest <= 1")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"{prefix}aspect: {aspect}, must be two ratios width : height with 0 < smallest <= largest")
+
+
+class Change(NamedTuple):
+    """What is done to one crop after it was cut."""
+
+    flip: bool = False
+    colour: tuple[float, ...] = UNCHANGED  # factors of brightness, contrast and saturation; hue in turns
+    sequence: tuple[int, ...] = (0, 1, 2, 3)  # in which these four come
+    grey: bool = False
+    blur: float = 0.0  # sigma in pixels; 0 = none
+    solarize: bool = False
+
+    @classmethod
+    def drawn(cls, crop: Crop, draw: torch.Generator) -> Change:
+        """A change of that kind. It takes as many numbers from the generator whatever the crop's options are."""
+        u = torch.rand(10, generator=draw, dtype=torch.float64).tolist()
+        sequence = tuple(torch.randperm(4, generator=draw).tolist())
+        chances = (crop.flip, crop.jitter_chance, crop.grey, crop.blur, crop.solarize)
+        flip, jitter, grey, blur, solarize = (x < chance for x, chance in zip(u, chances))
+        *factors, hue = crop.jitter
+        ranges = [(max(0.0, 1 - f), 1 + f) for f in factors] + [(-hue, hue)]
+        colour = tuple(low + (high - low) * x for (low, high), x in zip(ranges, u[5:9]))
+        thin, wide = crop.blur_sigma
+        return cls(
+            flip, colour if jitter else UNCHANGED, sequence, grey, thin + (wide - thin) * u[9] if blur else 0.0, solarize
+        )
+
+    def applied(self, image: Image.Image, order: Sequence[Step] = FLIP_FIRST) -> Image.Image:
+        """The changed image, of the same size and mode."""
+        for step in order:
+            if step == "flip" and self.flip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            elif step == "jitter":
+                image = recoloured(image, self.colour, self.sequence)
+            elif step == "grey" and self.grey:
+                image = image.convert("L").convert(image.mode)
+            elif step == "blur" and self.blur:
+                image = image.filter(ImageFilter.GaussianBlur(self.blur))
+            elif step == "solarize" and self.solarize:
+                image = ImageOps.solarize(image, 128)
+        return image
+
+    def record(self) -> dict[str, Tensor]:
+        """What a view tells of it, float32: flip (), colour (4,), sequence (4,), grey (), blur (), solarize ()."""
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in self._asdict().items()}
+
+
+def recoloured(image: Image.Image, colour: Sequence[float], sequence: Sequence[int]) -> Image.Image:
+    """Brightness, contrast, saturation and hue changed in that sequence; grey images have neither saturation nor hue."""
+    for i in sequence:
+        if colour[i] == UNCHANGED[i] or (i >= 2 and image.mode == "L"):
+            continue
+        image = hue_turned(image, colour[3]) if i == 3 else ENHANCE[i](image).enhance(colour[i])
+    return image
+
+
+def hue_turned(image: Image.Image, turns: float) -> Image.Image:
+    """Hue in 256 steps, shifted by whole steps towards 0, as torchvision does it on Pillow's images."""
+    hsv = image.convert("HSV")
+    return ImageChops.add_modulo(hsv, Image.new("HSV", hsv.size, (int(turns * 255) % 256, 0, 0))).convert(image.mode)

@@ -1,0 +1,162 @@
+"""What all joint-embedding methods must keep, on tiny models."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mmssl.distributed import all_sum, world
+from mmssl.methods import METHODS
+from mmssl.model.configuration import MmsslConfig
+from mmssl.model.encoder import Encoder
+from mmssl.schedules import constant
+from mmssl.types import Batch, Clock, View
+from tests.ranks import on_two_ranks
+
+SAMPLES, EPOCH = 12, 2  # of the data set, and updates of a pass
+OPTIONS = {
+    "simclr": {"hidden": 16, "dim": 8},
+    "simclr_v2": {"hidden": 16, "dim": 8},
+    "moco_v1": {"dim": 8, "queue": 20, "split": 2, "momentum": constant(0.9)},
+    "moco_v2": {"hidden": 16, "dim": 8, "queue": 20, "split": 2, "momentum": constant(0.9)},
+    "moco_v3": {"hidden": 16, "dim": 8},
+    "instance_discrimination": {"dim": 8},
+    "byol": {"hidden": 16, "dim": 8, "momentum": constant(0.9)},
+    "simsiam": {"dim": 8, "hidden": 4},
+    "swav": {"hidden": 16, "dim": 8, "prototypes": 4, "freeze_epochs": 1, "queue": 8, "queue_from_epoch": 0},
+    "deepcluster": {"clusters": 3, "pca": 4},
+    "deepcluster_v2": {"hidden": 16, "dim": 8, "prototypes": 3, "heads": 3},
+    "sela_v2": {"hidden": 16, "dim": 8, "prototypes": 3, "heads": 2},
+    "barlow_twins": {"hidden": 16, "dim": 8},
+    "vicreg": {"hidden": 16, "dim": 8},
+    "dino": {"prototypes": 6, "hidden": 16, "bottleneck": 8, "head_norm": True, "momentum": constant(0.9)},
+}
+NAMES = sorted(OPTIONS)
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    encoder = Encoder.from_config(
+        MmsslConfig(image_size=8, patch_size=4, hidden_size=16, depth=1, heads=2, channels=3, modality="vision")
+    )
+    method = METHODS[name](encoder, **OPTIONS[name] | options).double()
+    method.attach(SAMPLES, 0)
+    return method.double().train()
+
+
+def images(name):
+    """The data set: views of all samples, full-size ones first."""
+    method, draw = METHODS[name], torch.Generator().manual_seed(1)
+    base = torch.randn(SAMPLES, 3, 8, 8, generator=draw, dtype=torch.float64)
+    views = [base + 0.5 * torch.randn(base.shape, generator=draw, dtype=torch.float64) for _ in range(method.views)]
+    return views + [views[0][:, :, 2:6, 2:6]] * method.crops
+
+
+def batch_of(name, rows):
+    return Batch([View(x[rows], "vision") for x in images(name)], rows, tuple(rows.tolist()))
+
+
+def train(rank, name, steps=3, rate=0.1):
+    """Losses, gradients of the last update, and state, of plain descent on global batches of eight."""
+    method, losses, gradients = build(name), [], {}
+    for step in range(steps):
+        clock = Clock(step, steps, step // EPOCH)
+        if step % EPOCH == 0:
+            method.eval()
+            whole = View(images(name)[0], "vision")
+            with torch.no_grad():
+                method.on_epoch(clock, method.describe(whole) if method.needs_description(clock) else None)
+            method.train()
+        method.before_step(clock)
+        rows = (torch.arange(8) + 4 * step) % SAMPLES
+        out = method(batch_of(name, rows[rank :: world()]), clock)
+        loss = torch.stack(list(out.losses.values())).sum()
+        loss.backward()
+        losses.append(all_sum(loss.detach()) / world())
+        for key, parameter in method.named_parameters():
+            if parameter.requires_grad:
+                gradients[key] = all_sum(parameter.grad) / world()
+                parameter.data -= rate * gradients[key]
+                parameter.grad = None
+        method.after_step(clock._replace(step=step + 1))
+    state = {key: value.detach().clone() for key, value in method.state_dict().items() if "extra_state" not in key}
+    return torch.stack(losses), gradients, state
+
+
+def train_all(rank):
+    return {name: train(rank, name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes makes of every method."""
+    return on_two_ranks(train_all, folder=tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_equal_one_process(name, ranks):
+    """Loss, gradients and all state after three updates, of which the later ones see queues, centres and teachers."""
+    losses, gradients, state = train(0, name)
+    for one in ranks:
+        other_losses, other_gradients, other_state = one[name]
+        assert_close(other_losses, losses, rtol=1e-6, atol=1e-9)
+        for key, gradient in gradients.items():
+            assert_close(other_gradients[key], gradient, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        for key, value in state.items():
+            assert_close(other_state[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trained_weight_gets_a_gradient(name):
+    """After a few updates, when nothing is frozen any more."""
+    _, gradients, _ = train(0, name, steps=5)
+    method = build(name)
+    assert set(gradients) == {key for key, parameter in method.named_parameters() if parameter.requires_grad}
+    still = [key for key, gradient in gradients.items() if not bool(gradient.abs().sum() > 0)]
+    # Batch normalisation removes what the layer before adds to all samples alike.
+    assert not [key for key in still if not key.endswith("bias")], still
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_health_are_finite_scalars(name):
+    method = build(name)
+    clock = Clock(0, 3, 0)
+    method.on_epoch(clock, method.describe(View(images(name)[0], "vision")) if method.needs_description(clock) else None)
+    method.before_step(clock)
+    out = method(batch_of(name, torch.arange(8)), clock)
+    for value in (*out.losses.values(), *out.health.values()):
+        assert value.shape == ()
+        assert bool(value.isfinite())
+    assert not any(value.requires_grad for value in out.health.values())
+    assert out.embedding.shape == (8, 16)
+    assert not out.embedding.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_skipped_update_leaves_no_trace_in_the_state(name):
+    """Between `before_step` and `after_step` nothing but running batch statistics may change."""
+    method, clock = build(name), Clock(0, 3, 0)
+    method.on_epoch(clock, method.describe(View(images(name)[0], "vision")) if method.needs_description(clock) else None)
+    before = {key: value.clone() for key, value in method.state_dict().items() if isinstance(value, torch.Tensor)}
+    for _ in range(2):
+        method.before_step(clock)
+        method(batch_of(name, torch.arange(8)), clock)
+    after = method.state_dict()
+    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert all("running_" in key or "num_batches" in key for key in changed), changed
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "byol", "dino"])
+def test_the_teacher_is_no_parameter_and_moves(name):
+    method = build(name)
+    names = [key for key, _ in method.named_parameters()]
+    assert not [key for key in names if key.startswith("teacher")]
+    assert not any(parameter.requires_grad for parameter in method.teacher.network.parameters())
+    start = {key: value.clone() for key, value in method.teacher.network.named_parameters()}
+    for parameter in method.student.parameters():
+        parameter.data += 1.0
+    method.after_step(Clock(1, 3, 0))
+    kept = method.teacher.momentum(Clock(1, 3, 0))
+    for key, value in method.teacher.network.named_parameters():
+        assert_close(value, start[key] + (1 - kept) * 1.0, rtol=1e-12, atol=1e-12)
