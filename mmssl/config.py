@@ -332,10 +332,13 @@ class Recipe(Options):
         name, found = self.method.name, views.count  # type: ignore[attr-defined]
         if found != method.views:
             return [
-                f"views: {name} takes {method.views} full-size view{'s' * (method.views > 1)} of a sample, these are {found}"
+                f"views: {name} takes {method.views} full-size view{'s' * (method.views > 1)} of a sample, these are {found}; "
+                "set views.crops to a policy or a list that gives as many"
             ]
         if views.crops and not method.crops:
-            return [f"views: {name} takes no smaller crops, these have {views.crops}"]
+            return [f"views: {name} takes no smaller crops, these have {views.crops}; leave them out"]
+        if not (method.masks or self.wrapped) and getattr(self.views, "mask", None) is not None:
+            return [f"views.mask: {name} sees whole views; leave it out"]
         return []
 
     def config(self) -> MmsslConfig:
@@ -420,7 +423,7 @@ def _known(target: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]
 def options_of(target: Callable[..., Any], *skip: str) -> dict[str, tuple[Any, Any]]:
     """Fields of a pydantic model, read from a constructor's signature: name -> (type, default)."""
     init = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(init)
+    hints = typing.get_type_hints(init, include_extras=True)
     fields = {}
     for name, parameter in list(inspect.signature(target).parameters.items()):
         if name in skip:

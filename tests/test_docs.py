@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmssl.config import Recipe, shipped_recipes
+from mmssl.config import Recipe, find_recipe, shipped_recipes
+from mmssl.training.launch import batch_split
+from mmssl.training.objective import Objective
+from mmssl.training.optim import parameter_groups, schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,12 +28,20 @@ def test_generated_documents_are_up_to_date():
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_valid_and_build(name):
-    import torch
-
+def test_shipped_recipes_are_valid_build_and_are_launched_as_they_say(name):
+    text = find_recipe(name).read_text(encoding="utf-8")
+    assert f"{name} " in text or f"{name}.yaml" in text  # its command, not that of the file it was copied from
     with torch.device("meta"):
-        method = Recipe.load(name).build()
+        recipe = Recipe.load(name)
+        method = recipe.build()
     assert sum(p.numel() for p in method.parameters() if p.requires_grad) > 0
+    parameter_groups(Objective(method), recipe.optim, schedule(recipe.optim, recipe.train.global_batch, recipe.train.epochs))
+    processes = int((re.findall(r"num_processes (\d+)", text) or [1])[0])
+    micro, accumulation = batch_split(recipe, processes)
+    assert micro * accumulation * processes == recipe.train.global_batch
+    assert method.check_batch(micro * processes) == []  # nothing impossible, and nothing to note
+    if recipe.method.name in ("simclr", "simclr_v2", "moco_v3", "barlow_twins", "vicreg"):  # others count the same in pieces
+        assert accumulation == 1, "the loss compares the samples of a micro-batch"
 
 
 def test_files_that_documents_name_exist():

@@ -61,6 +61,11 @@ class KeyBatches(Sampler[list[tuple[int, ...]]]):
         self.accumulation = self.shares // world  # of one rank
         self.plan: Shuffled | Buckets = Shuffled(samples, global_batch, order)
         if lengths is not None:
+            if order is not None:
+                raise RecipeError(
+                    "method.name: it chooses the samples of a pass, which samples of unequal length do not allow; "
+                    "use images, or text with views.pack=true."
+                )
             self.plan = Buckets(lengths, longest, buckets, self.shares, micro_batch, budget)
         self.epoch_length = len(self.plan.cuts) - 1  # updates
 

@@ -133,22 +133,25 @@ class Loaded:
 
 
 @torch.no_grad()
-def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], keep_all: bool = False) -> dict[str, Tensor]:
+def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], bare: bool = False) -> dict[str, Tensor]:
     """Run a model over a set.
 
     Args:
         run: flat batch -> `embedding` (B, D) and whatever else has B rows. A collective if the model is sharded.
-        keep_all: give a row for unreadable samples too, that of the one that stands in.
+        bare: keep only what `run` gave, with a row for unreadable samples too, that of the one that stands in.
     Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`, `index`.
     """
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
         out = {name: tensor.float().cpu() for name, tensor in run(batch).items()}
-        out |= {name: batch[name] for name in ("label", "raw", "index")} | {"valid": batch["valid"].to(torch.int64)}
+        if not bare:
+            out |= {name: batch[name] for name in ("label", "raw", "index")} | {"valid": batch["valid"].to(torch.int64)}
         for name, tensor in out.items():
             rows.setdefault(name, []).append(gather_rows(tensor))
     whole = {name: torch.cat(parts)[: len(batches.data)] for name, parts in rows.items()}
-    keep = whole.pop("valid").bool() | keep_all
+    if bare:
+        return whole
+    keep = whole.pop("valid").bool()
     return {name: tensor[keep] for name, tensor in whole.items()}
 
 

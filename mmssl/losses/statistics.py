@@ -56,6 +56,7 @@ def unit_std(z: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast
 def dimensions(z: Tensor) -> Tensor:
     """In how many directions rows of length 1 vary: 1 if they lie on a line, at most the smaller of B - 1 and D.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
+from mmssl.methods.method import AtLeast0, AtLeast1, AtLeast2
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network
@@ -15,7 +16,7 @@ class BarlowTwins(JointEmbedding):
 
     paper, coverage = "arXiv:2103.03230", (16,)
 
-    def __init__(self, encoder: Encoder, hidden: int = 8192, dim: int = 8192, off_diagonal: float = 0.0051):
+    def __init__(self, encoder: Encoder, hidden: AtLeast1 = 8192, dim: AtLeast2 = 8192, off_diagonal: AtLeast0 = 0.0051):
         super().__init__()
         self.student = Network(encoder=encoder, projector=mlp(encoder.dim, hidden, hidden, dim, bias=False))
         self.off_diagonal = off_diagonal

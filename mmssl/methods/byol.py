@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
+from mmssl.methods.method import AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network, Teacher
@@ -16,10 +17,10 @@ class BYOL(JointEmbedding):
 
     paper, coverage = "arXiv:2006.07733", (8,)
 
-    def __init__(self, encoder: Encoder, hidden: int = 4096, dim: int = 256, momentum: Schedule = cosine(0.996, 1.0)):
+    def __init__(self, encoder: Encoder, hidden: AtLeast1 = 4096, dim: AtLeast1 = 256, momentum: Schedule = cosine(0.996, 1.0)):
         super().__init__()
         self.student = Network(encoder=encoder, projector=mlp(encoder.dim, hidden, dim, last_bias=False))
-        self.teacher = Teacher(self.student, momentum, batch_stats=True)  # departs from the paper: starts as a copy
+        self.teacher = Teacher(self.student, momentum, batch_stats=True, lag=1)  # departs from the paper: starts as a copy
         self.predictor = mlp(dim, hidden, dim, last_bias=False)  # outside student: the teacher has none
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:

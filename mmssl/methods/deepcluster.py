@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmssl import losses
 from mmssl.distributed import full_value
 from mmssl.methods.families import JointEmbedding, share_used
-from mmssl.methods.method import Normal
+from mmssl.methods.method import AtLeast1, AtLeast2, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Network, Part
 from mmssl.parts.kmeans import draw_rows, kmeans, pca_whiten, uniform_order
@@ -29,7 +29,7 @@ class DeepCluster(JointEmbedding):
     views, slots, chooses = 1, True, True
     normal = (*JointEmbedding.normal, Normal("clusters_used", 0.3, "few clusters hold most samples"))
 
-    def __init__(self, encoder: Encoder, clusters: int = 10_000, pca: int = 256, iterations: int = 20):
+    def __init__(self, encoder: Encoder, clusters: AtLeast2 = 10_000, pca: AtLeast1 = 256, iterations: AtLeast1 = 20):
         super().__init__()
         self.student = Network(encoder=encoder)
         self.classifier = FreshLinear(encoder.dim, clusters)
@@ -37,6 +37,8 @@ class DeepCluster(JointEmbedding):
         self.ids: Tensor
         self.agreement: Tensor
         self.register_buffer("ids", torch.empty(0, dtype=torch.int64))
+        self.used: Tensor
+        self.register_buffer("used", torch.ones(()))
         self.register_buffer("agreement", torch.zeros(()))  # mutual information of this pass's clusters and the last one's
 
     def attach(self, samples: int, seed: int) -> None:
@@ -54,11 +56,12 @@ class DeepCluster(JointEmbedding):
         """Cluster the whitened features of all samples, and begin a new classifier."""
         super().on_epoch(clock)
         assert described is not None
-        rows = F.normalize(pca_whiten(described, min(self.pca, described.shape[1])), dim=1)
+        rows = F.normalize(pca_whiten(described, self.pca), dim=1)
         draw = generator(self.seed, "clusters", clock.epoch)
         found = kmeans(rows, draw_rows(rows, self.clusters, draw), draw, self.iterations).assignment
         self.agreement.fill_(float(normalized_mutual_info_score(self.ids.cpu().numpy(), found.cpu().numpy())))
         self.ids.copy_(found)
+        self.used.copy_(share_used(found, self.clusters))
         self.classifier.renew(generator(self.seed, "classifier", clock.epoch))
 
     def order(self, clock: Clock) -> Tensor:
@@ -69,15 +72,16 @@ class DeepCluster(JointEmbedding):
         """Classify."""
         h = self.student.embed(batch.views[0])
         loss = losses.cluster_cross_entropy(self.classifier(h), self.ids[batch.index], 1.0)
-        used = share_used(self.ids, self.clusters)
-        return self.output({"clusters": loss}, h, h, clusters_used=used, agreement=self.agreement)
+        return self.output({"clusters": loss}, h, h, clusters_used=self.used, agreement=self.agreement)
 
 
 class FreshLinear(Part):
     """A linear layer that can begin anew without writing to trained weights, which engines with masters would undo.
 
-    What is trained is the difference from where it began.
+    A buffer takes away what the trained weights were when it began anew, hence weight decay must leave them alone.
     """
+
+    decays = False
 
     def __init__(self, dim: int, count: int):
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmssl.methods.families import MemoryCodes
+from mmssl.methods.method import Above0, AtLeast1, AtLeast2
 from mmssl.model.encoder import Encoder
 from mmssl.parts.kmeans import Clusters, draw_rows, spherical_kmeans
 
@@ -18,12 +19,12 @@ class DeepClusterV2(MemoryCodes):
     def __init__(
         self,
         encoder: Encoder,
-        hidden: int = 2048,
-        dim: int = 128,
-        prototypes: int = 3000,
-        heads: int = 3,
-        temperature: float = 0.1,
-        iterations: int = 10,
+        hidden: AtLeast1 = 2048,
+        dim: AtLeast1 = 128,
+        prototypes: AtLeast2 = 3000,
+        heads: AtLeast1 = 3,
+        temperature: Above0 = 0.1,
+        iterations: AtLeast1 = 10,
     ):
         super().__init__(encoder, hidden, dim, prototypes, heads, temperature)
         self.iterations = iterations

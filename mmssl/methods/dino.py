@@ -6,7 +6,7 @@ import math
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
-from mmssl.methods.method import Normal
+from mmssl.methods.method import Above0, AtLeast1, AtLeast2, Natural, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Center, DinoHead, Network, Teacher
 from mmssl.schedules import Schedule, cosine, linear
@@ -29,22 +29,26 @@ class DINO(JointEmbedding):
     def __init__(
         self,
         encoder: Encoder,
-        prototypes: int = 65_536,
-        hidden: int = 2048,
-        bottleneck: int = 256,
-        layers: int = 3,
+        prototypes: AtLeast2 = 65_536,
+        hidden: AtLeast1 = 2048,
+        bottleneck: AtLeast1 = 256,
+        layers: AtLeast1 = 3,
         head_norm: bool = False,
         unit_gain: bool = True,
-        freeze_epochs: int = 1,
-        temperature: float = 0.1,
+        freeze_epochs: Natural = 1,
+        temperature: Above0 = 0.1,
         teacher_temperature: Schedule = linear(0.04, 0.07, steps=29, by="epoch"),
         center_momentum: float = 0.9,
         momentum: Schedule = cosine(0.996, 1.0),
     ):
         super().__init__()
+        if min(teacher_temperature.start, teacher_temperature.end) <= 0:
+            raise ValueError(
+                f"teacher_temperature: from {teacher_temperature.start} to {teacher_temperature.end}, must be above 0"
+            )
         head = DinoHead(encoder.dim, prototypes, hidden, bottleneck, layers, head_norm, unit_gain, freeze_epochs)
         self.student = Network(encoder=encoder, projector=head)
-        self.teacher = Teacher(self.student, momentum, batch_stats=True)
+        self.teacher = Teacher(self.student, momentum, batch_stats=True, lag=1)
         self.center = Center(prototypes, center_momentum)
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
 
@@ -59,4 +63,5 @@ class DINO(JointEmbedding):
             self.center.update(one)
         nats = math.log(logits[0].shape[1])
         use = losses.assignment_entropy(losses.teacher_distribution(targets[0], self.center.value, sharp))
-        return self.output({"dino": loss}, h[0], h[0], target_use=use.of_mean / nats, target_entropy=use.mean / nats)
+        centred = logits[0] - self.center.value  # what is common to all samples is no target
+        return self.output({"dino": loss}, h[0], centred, target_use=use.of_mean / nats, target_entropy=use.mean / nats)

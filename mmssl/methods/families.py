@@ -13,7 +13,7 @@ from mmssl import losses
 from mmssl.methods.method import Method, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
-from mmssl.model.norm import grouped, split_groups
+from mmssl.model.norm import by_batch, grouped, is_batch_norm, split_groups
 from mmssl.parts import Memory, Network, Prototypes, Queue, Teacher
 from mmssl.parts.kmeans import Clusters
 from mmssl.random import generator
@@ -83,7 +83,20 @@ class MomentumContrast(JointEmbedding):
         self.student = Network(encoder=encoder, projector=projector)
         self.teacher = Teacher(self.student, momentum, batch_stats=True)
         self.queue = Queue(queue, dim)
-        self.temperature, self.split, self.estimator = temperature, split, negatives.build()
+        self.split = split if any(is_batch_norm(module) for module in self.student.modules()) else 1
+        self.temperature, self.estimator = temperature, negatives.build()
+
+    def check_batch(self, samples: int) -> list[str]:
+        """Groups are equal and hold at least two samples each; the queue holds a micro-batch."""
+        notes = super().check_batch(samples)
+        self.queue.check_batch(samples)
+        if self.split > 1 and (samples % self.split or samples < 2 * self.split):
+            possible = [n for n in range(1, samples // 2 + 1) if samples % n == 0] or [1]
+            raise ValueError(
+                f"split: {self.split}, must divide the {samples} samples of a micro-batch (of all ranks) into equal groups of "
+                f"at least 2; take one of {', '.join(map(str, possible))}"
+            )
+        return notes
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Queries of the first view, keys of the second."""
@@ -108,8 +121,8 @@ def unit(z: list[Tensor]) -> list[Tensor]:
 
 
 def share_used(ids: Tensor, count: int) -> Tensor:
-    """() share of the clusters that hold samples. ids: (N,) int64."""
-    return torch.zeros(count, device=ids.device).index_fill_(0, ids.clamp(min=0), 1.0).mean()
+    """() share of the clusters that hold samples. ids: (N,) int64, none of them unassigned."""
+    return torch.zeros(count, device=ids.device).index_fill_(0, ids, 1.0).mean()
 
 
 class MemoryCodes(JointEmbedding):
@@ -134,7 +147,9 @@ class MemoryCodes(JointEmbedding):
         self.dim, self.temperature, self.seed = dim, temperature, 0
         self.memories: Any = nn.ModuleList()
         self.ids: Tensor
+        self.used: Tensor
         self.register_buffer("ids", torch.empty(heads, 0, dtype=torch.int64))
+        self.register_buffer("used", torch.ones(()))
 
     def attach(self, samples: int, seed: int) -> None:
         """Memories and codes of all samples."""
@@ -150,8 +165,9 @@ class MemoryCodes(JointEmbedding):
         return clock.epoch == 0
 
     def describe(self, view: View) -> Tensor:
-        """(B, dim) projections of length 1."""
-        return F.normalize(self.student.project(self.student.embed(view)), dim=-1)
+        """(B, dim) projections of length 1, by batch statistics: running ones say nothing yet."""
+        with by_batch(self.student):
+            return F.normalize(self.student.project(self.student.embed(view)), dim=-1)
 
     def assign(self, rows: Tensor, directions: Tensor, draw: torch.Generator) -> Clusters:
         """Directions and codes of one head, from the memory (N, dim) and the directions (K, dim) it had."""
@@ -169,6 +185,7 @@ class MemoryCodes(JointEmbedding):
             found = self.assign(self.memories[number % self.views].rows, head.weight, draw)
             head.set(found.centroids)
             self.ids[number] = found.assignment
+        self.used.copy_(share_used(self.ids[0], len(self.heads[0].weight)))
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """All views of a sample have its code; those of one size share batch statistics."""
@@ -179,4 +196,4 @@ class MemoryCodes(JointEmbedding):
         for memory, one in zip(self.memories, z):
             memory.write(batch.index, one)
         loss = torch.stack(each).mean()
-        return self.output({"codes": loss}, h[0], z[0], clusters_used=share_used(self.ids[0], len(self.heads[0].weight)))
+        return self.output({"codes": loss}, h[0], z[0], clusters_used=self.used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding, Negatives
+from mmssl.methods.method import Above0, AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Memory, Network
@@ -22,8 +23,8 @@ class InstanceDiscrimination(JointEmbedding):
     def __init__(
         self,
         encoder: Encoder,
-        dim: int = 128,
-        temperature: float = 0.07,
+        dim: AtLeast1 = 128,
+        temperature: Above0 = 0.07,
         memory_momentum: float = 0.5,
         negatives: Negatives = Negatives(),
     ):

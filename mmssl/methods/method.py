@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmssl.model.encoder import Encoder
+from mmssl.model.norm import is_batch_norm
 from mmssl.parts import Network, Part
 from mmssl.types import Batch, Clock, StepOutput, View
+
+# Options that the recipe checks by their type.
+Above0 = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+AtLeast2 = Annotated[int, Field(ge=2)]
 
 
 class Normal(NamedTuple):
@@ -80,6 +89,19 @@ class Method(nn.Module):
             seed: of the run, for draws that belong to no sample.
         Raises: ValueError that begins with the option that does not fit.
         """
+
+    def check_batch(self, samples: int) -> list[str]:
+        """Whether a micro-batch of all ranks may hold that many samples; asked before training for each number that occurs.
+
+        Returns: what will work, but may not work well, in words that begin with an option.
+        Raises: ValueError that begins with the option that does not fit, and names what does.
+        """
+        if samples < 2 and any(is_batch_norm(module) for module in self.modules()):
+            raise ValueError(
+                "train.global_batch: a micro-batch of 1 sample, batch normalisation compares samples; take at least 2 (of all "
+                "ranks, see also train.micro_batch and data.budget)"
+            )
+        return []
 
     def on_epoch(self, clock: Clock, described: Tensor | None = None) -> None:
         """Tell every part that a pass over the data begins.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmssl.methods.families import MomentumContrast, Negatives
+from mmssl.methods.method import Above0, AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.schedules import Schedule, constant
@@ -16,11 +17,11 @@ class MoCoV1(MomentumContrast):
     def __init__(
         self,
         encoder: Encoder,
-        dim: int = 128,
-        temperature: float = 0.07,
-        queue: int = 65_536,
+        dim: AtLeast1 = 128,
+        temperature: Above0 = 0.07,
+        queue: AtLeast1 = 65_536,
         momentum: Schedule = constant(0.999),
-        split: int = 8,
+        split: AtLeast1 = 8,
         negatives: Negatives = Negatives(),
     ):
         super().__init__(encoder, mlp(encoder.dim, dim), dim, temperature, queue, momentum, split, negatives)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
+from mmssl.methods.method import Above0, AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network, Teacher
@@ -22,10 +23,10 @@ class MoCoV3(JointEmbedding):
     def __init__(
         self,
         encoder: Encoder,
-        hidden: int = 4096,
-        dim: int = 256,
-        layers: int = 3,
-        temperature: float = 0.2,
+        hidden: AtLeast1 = 4096,
+        dim: AtLeast1 = 256,
+        layers: AtLeast1 = 3,
+        temperature: Above0 = 0.2,
         predictor_norm: bool = True,
         momentum: Schedule = cosine(0.99, 1.0),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding, Negatives
+from mmssl.methods.method import Above0, AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network
@@ -18,9 +19,9 @@ class SimCLR(JointEmbedding):
     def __init__(
         self,
         encoder: Encoder,
-        hidden: int = 2048,
-        dim: int = 128,
-        temperature: float = 0.1,
+        hidden: AtLeast1 = 2048,
+        dim: AtLeast1 = 128,
+        temperature: Above0 = 0.1,
         negatives: Negatives = Negatives(),
     ):
         super().__init__()

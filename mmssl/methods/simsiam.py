@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
+from mmssl.methods.method import AtLeast1
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network
@@ -15,7 +16,7 @@ class SimSiam(JointEmbedding):
 
     paper, coverage = "arXiv:2011.10566", (9,)
 
-    def __init__(self, encoder: Encoder, dim: int = 2048, layers: int = 3, hidden: int = 512):
+    def __init__(self, encoder: Encoder, dim: AtLeast1 = 2048, layers: AtLeast1 = 3, hidden: AtLeast1 = 512):
         super().__init__()
         widths = (encoder.dim, *(dim,) * layers)
         self.student = Network(encoder=encoder, projector=mlp(*widths, bias=False, last_norm="plain"))

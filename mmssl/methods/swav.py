@@ -9,7 +9,7 @@ import torch
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding, unit
-from mmssl.methods.method import Normal
+from mmssl.methods.method import Above0, AtLeast1, AtLeast2, Natural, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.parts import Network, Prototypes, Queue
@@ -30,21 +30,36 @@ class SwAV(JointEmbedding):
     def __init__(
         self,
         encoder: Encoder,
-        hidden: int = 2048,
-        dim: int = 128,
-        prototypes: int = 3000,
-        temperature: float = 0.1,
-        eps: float = 0.05,
-        iterations: int = 3,
-        freeze_epochs: int = 1,
-        queue: int = 0,
-        queue_from_epoch: int = 15,
+        hidden: AtLeast1 = 2048,
+        dim: AtLeast1 = 128,
+        prototypes: AtLeast2 = 3000,
+        temperature: Above0 = 0.1,
+        eps: Above0 = 0.05,
+        iterations: AtLeast1 = 3,
+        freeze_epochs: Natural = 1,
+        queue: Natural = 0,
+        queue_from_epoch: Natural = 15,
     ):
         super().__init__()
         self.student = Network(encoder=encoder, projector=mlp(encoder.dim, hidden, dim))
         self.prototypes = Prototypes(dim, prototypes, freeze_epochs)
         self.queues: Any = torch.nn.ModuleList(Queue(queue, dim, newest_first=True, seed=i) for i in range(2 if queue else 0))
-        self.temperature, self.eps, self.iterations, self.queue_from_epoch = temperature, eps, iterations, queue_from_epoch
+        self.temperature, self.eps, self.iterations = temperature, eps, iterations
+        self.queue_from_epoch = queue_from_epoch if queue else 0
+
+    def check_batch(self, samples: int) -> list[str]:
+        """Codes are spread evenly over prototypes, which takes more samples than prototypes, with those of the queue."""
+        notes = super().check_batch(samples)
+        for queue in self.queues:
+            queue.check_batch(samples)
+            queue.read_ids(own=True)  # raises if ranks cannot have equal shares
+        spread, count = samples + (len(self.queues[0].rows) if self.queues else 0), len(self.prototypes.weight)
+        if spread < count:
+            notes.append(
+                f"method.prototypes: {count}, codes are spread over the {spread} samples of a micro-batch and of the queue; "
+                "take fewer, or a longer method.queue"
+            )
+        return notes
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Codes of the two full-size views. Views of one size share batch statistics, in the projector all views do."""

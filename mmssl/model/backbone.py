@@ -27,6 +27,9 @@ class Backbone(nn.Module):
             if kind != "resnet":
                 raise ValueError(f"zero_init: no batch norm ends the residual blocks of {kind}; leave it out")
             zero_init(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("mask_token"):  # nothing is masked, and DDP waits for every gradient
+                parameter.requires_grad_(False)
         self.model, self.config = model, config
         self.modality, self.dim, self.input_name = config.modality, config.hidden_size, model.main_input_name
 

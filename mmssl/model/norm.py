@@ -64,7 +64,8 @@ class BatchNorm(nn.Module):
             y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         else:
             y, mean, variance = self._normalise(x)
-        self._track(mean, variance)
+        if self.momentum:
+            self._track(mean, variance)
         return y
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +153,19 @@ def grouped(module: nn.Module, groups: Groups | None) -> Iterator[None]:
     finally:
         for norm, before in norms:
             norm.groups = before
+
+
+@contextmanager
+def by_batch(module: nn.Module) -> Iterator[None]:
+    """Within, each `BatchNorm` of the module uses the statistics of the batch and does not track them, even in eval mode."""
+    norms = [(norm, norm.training, norm.momentum) for norm in module.modules() if isinstance(norm, BatchNorm)]
+    try:
+        for norm, _, _ in norms:
+            norm.training, norm.momentum = True, 0.0
+        yield
+    finally:
+        for norm, training, momentum in norms:
+            norm.training, norm.momentum = training, momentum
 
 
 def split_groups(samples: int, count: int, *key: int | str) -> Groups:

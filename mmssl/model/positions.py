@@ -64,14 +64,14 @@ class SinCos2d(nn.Module):
 
     The first half of the channels encodes the column, the second the row; each half holds the sines, then the cosines,
     of position * 10000^(-i / (D/4)). Another number of tokens is a square image of another size, whose patches lie evenly
-    over the same grid: position (i + 1/2) * G/g - 1/2 for g patches where there would be G.
+    over the same grid: position (i + 1/2) * G/g - 1/2 for g patches where there would be G. All is multiplied by `scale`.
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int]):
+    def __init__(self, dim: int, grid: tuple[int, int], scale: float = 1.0):
         super().__init__()
         if dim % 4:
             raise ValueError(f"hidden_size: {dim} is not a multiple of 4, which sine-cosine positions need")
-        self.dim, self.grid = dim, grid
+        self.dim, self.grid, self.scale = dim, grid, scale
         self.table: Tensor
         self.register_buffer("table", self._code(*grid))
         self._others: dict[tuple[int, torch.device], Tensor] = {}
@@ -102,7 +102,8 @@ class SinCos2d(nn.Module):
             return torch.cat([angle.sin(), angle.cos()], dim=1)
 
         column, row = code(columns, self.grid[1]), code(rows, self.grid[0])
-        return torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], dim=1)[None].float()
+        both = torch.cat([column.repeat(rows, 1), row.repeat_interleave(columns, 0)], dim=1)
+        return self.scale * both[None].float()
 
 
 class RelativeBias(nn.Module):

@@ -98,20 +98,21 @@ def pca_whiten(rows: Tensor, dim: int) -> Tensor:
 
     Args:
         rows: (N, D), the same on all ranks.
-        dim: components kept.
-    Returns: (N, dim). The largest entry of each direction is positive, so that ranks agree on signs.
-    Raises: ValueError if the rows do not vary in as many directions.
+        dim: components kept at most.
+    Returns: (N, up to dim), fewer if the rows vary in fewer directions. The largest entry of each direction is positive, so
+        that ranks agree on signs.
+    Raises: ValueError if the rows do not vary.
     Source: arXiv:1807.05520, section 3.3, which then makes rows of length 1.
     """
-    if not 0 < dim <= min(rows.shape[1], len(rows) - 1):
-        raise ValueError(f"pca: {dim}, must be at least 1 and at most {min(rows.shape[1], len(rows) - 1)} (width, samples - 1)")
     centre = rows.mean(0, dtype=torch.float64)
     blocks = (block.double() - centre for block in _blocks(_own(rows), rows.shape[1]))
     covariance = all_sum(sum((block.T @ block for block in blocks), torch.zeros_like(centre).diag())) / len(rows)
     values, directions = torch.linalg.eigh(covariance)  # ascending
-    values, directions = values[-dim:].flip(0), directions[:, -dim:].flip(1)
-    if not bool(values[-1] > values[0] * torch.finfo(rows.dtype).eps):
-        raise ValueError(f"pca: {dim} components, the features vary in fewer directions; lower it")
+    kept = int((values > values[-1] * len(values) * torch.finfo(rows.dtype).eps).sum())
+    if not kept:
+        raise ValueError("pca: the features of all samples are alike; the encoder has collapsed")
+    kept = min(kept, dim)
+    values, directions = values[-kept:].flip(0), directions[:, -kept:].flip(1)
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign() * values.rsqrt()
     return torch.cat([((block.double() - centre) @ directions).to(rows.dtype) for block in _blocks(rows, rows.shape[1])])
 

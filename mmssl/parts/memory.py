@@ -43,13 +43,16 @@ class Memory(Staged):
         """After the update.
 
         Args:
-            index: (B,) int64 positions in the data set, no two alike.  rows: (B, D), no gradient; normalised here.
+            index: (B,) int64 positions in the data set.  rows: (B, D), no gradient; normalised here.
         """
         self.stage(index, F.normalize(rows.to(self.rows.dtype), dim=1))
 
     def commit(self, *rows: Tensor) -> None:
         """Replace or average."""
         index, new = rows
+        # A stand-in for an unreadable sample can meet itself in a batch: then the first counts, and every rank writes the same.
+        place = torch.arange(len(index), device=index.device)
+        new = new[torch.where(index[:, None] == index, place, len(index)).amin(1)]
         old = self.rows[index]
         self.seen[index] |= new.isfinite().all(1)
         self.rows[index] = finite_rows(F.normalize(torch.lerp(new, old, self.momentum), dim=1) if self.momentum else new, old)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from mmssl.types import Clock
 
 class Part(nn.Module):
     """A module whose buffers update themselves; the trainer walks all parts, so that no method can forget one."""
+
+    matrices: ClassVar[tuple[str, ...]] = ()  # own parameters that decay as the weights of linear layers do
+    decays: ClassVar[bool] = True  # whether weight decay reaches its parameters
 
     def on_epoch(self, clock: Clock) -> None:
         """Called when a new pass over the data begins."""

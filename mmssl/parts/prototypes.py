@@ -31,6 +31,8 @@ class Prototypes(Part):
     Source: arXiv:2006.09882, section 3.1; weight normalisation arXiv:1602.07868.
     """
 
+    matrices = ("weight", "gain")
+
     weight: Tensor
 
     def __init__(self, dim: int, count: int, freeze_epochs: int = 0, learned_gain: bool = False, trained: bool = True):
@@ -42,7 +44,6 @@ class Prototypes(Part):
             self.weight = nn.Parameter(F.normalize(torch.randn(count, dim), dim=1))
         else:
             self.register_buffer("weight", keyed_rows(count, dim, "prototypes"))
-        # A matrix to the optimizer: the reference decays it.
         self.gain = nn.Parameter(torch.ones(count, 1)) if learned_gain else None
 
     def is_frozen(self, clock: Clock) -> bool:

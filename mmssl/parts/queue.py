@@ -60,6 +60,14 @@ class Queue(Staged):
         """Whether no row of the start is left."""
         return self.written >= len(self.rows)
 
+    def check_batch(self, samples: int) -> None:
+        """Whether a micro-batch of all ranks with that many samples fits. Raises: ValueError."""
+        if samples > len(self.rows):
+            raise ValueError(
+                f"queue: {len(self.rows)} rows, must hold at least the {samples} samples of a micro-batch (of all ranks); "
+                "lengthen it or lower train.micro_batch"
+            )
+
     def read(self, own: bool = False) -> Tensor:
         """(size, D) rows, in the order of the ring, or newest first.
 
@@ -86,11 +94,7 @@ class Queue(Staged):
             rows: (B, D) of this rank, no gradient; normalised here.  ids: (B,) int64 of their samples.
         Raises: ValueError if the batch of all ranks is longer than the queue.
         """
-        if len(rows) * world() > len(self.rows):
-            raise ValueError(
-                f"queue: {len(self.rows)} rows, must hold at least the {len(rows) * world()} samples of a micro-batch (of all "
-                "ranks); lengthen it or lower train.micro_batch"
-            )
+        self.check_batch(len(rows) * world())
         self.stage(F.normalize(rows.to(self.rows.dtype), dim=1), ids)
 
     def commit(self, *rows: Tensor) -> None:

@@ -31,6 +31,7 @@ class Teacher(Part):
         features: the teacher's feature encoder is an average too; or a copy of the student's, made anew after each update; or
             there is none, and the teacher is given the features that the student computed.
         positions: average or copy of the student's position module.
+        lag: updates by which the momentum is read late: 1 where a paper follows update k with the momentum of k.
         batch_stats: its batch normalisation uses the statistics of the batch, as the student's does, and its running ones
             follow its own passes instead of being copied; all else stays in eval mode.
     """
@@ -42,13 +43,14 @@ class Teacher(Part):
         features: Literal["average", "copy", "share"] = "average",
         positions: Literal["average", "copy"] = "average",
         batch_stats: bool = False,
+        lag: int = 0,
     ):
         super().__init__()
         if not 0 <= min(momentum.start, momentum.end) <= max(momentum.start, momentum.end) <= 1:
             raise ValueError(f"momentum: from {momentum.start} to {momentum.end}, must lie between 0 and 1")
         if any(is_partitioned(p) for p in student.parameters()):
             raise ValueError("The teacher must be copied before the student is partitioned.")
-        self.momentum, self.shares = momentum, features == "share"
+        self.momentum, self.lag, self.shares = momentum, lag, features == "share"
         self.copied = ("encoder.features.",) * (features == "copy") + ("encoder.positions.",) * (positions == "copy")
         memo: dict[int, Any] = {id(student.encoder.features): nn.Identity()} if self.shares else {}
         network = copy.deepcopy(student, memo).requires_grad_(False).eval()
@@ -95,6 +97,9 @@ class Teacher(Part):
         """As `Network.project_all`."""
         return self.network.project_all(h)
 
+    def _tau(self, clock: Clock) -> float:
+        return self.momentum(clock._replace(step=max(clock.step - self.lag, 0)))
+
     def restart(self) -> None:
         """Equal to the student again."""
         mine = self.network.state_dict()
@@ -115,12 +120,12 @@ class Teacher(Part):
                 else:
                     whole += sums
         teacher, student = (whole + all_sum(squares)).sqrt().tolist()
-        return {"momentum": self.momentum(clock), "teacher_norm": teacher, "student_norm": student}
+        return {"momentum": self._tau(clock), "teacher_norm": teacher, "student_norm": student}
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
         """Move towards the student by 1 - tau; frozen weights are copied, and buffers unless they follow its own passes."""
-        tau = self.momentum(clock)
+        tau = self._tau(clock)
         own = dict(self.network.named_parameters())
         split = []
         teacher_slices, student_slices = [], []
@@ -174,7 +179,13 @@ class Teacher(Part):
         twin = Teacher.__new__(Teacher)
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        twin.momentum, twin.shares, twin.copied, twin.kept = self.momentum, self.shares, self.copied, self.kept
+        twin.momentum, twin.lag, twin.shares, twin.copied, twin.kept = (
+            self.momentum,
+            self.lag,
+            self.shares,
+            self.copied,
+            self.kept,
+        )
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin

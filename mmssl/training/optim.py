@@ -13,6 +13,7 @@ from mmssl.config import OptimOptions, nearest
 from mmssl.errors import RecipeError
 from mmssl.lars import Lars
 from mmssl.methods.method import Method
+from mmssl.parts import Part
 from mmssl.schedules import Schedule, constant, cosine
 from mmssl.training.objective import PROBE_SCALE, Objective
 from mmssl.types import Clock
@@ -54,8 +55,8 @@ def schedule(options: OptimOptions, batch: int | None = None, epochs: float | No
 def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule | None = None) -> list[dict[str, Any]]:
     """Groups of the method's parameters by what decays, has a rate of its own or may stand still, and the probe's group.
 
-    By `decay: matrices` only weights of linear, convolutional and embedding layers decay: cls tokens, biases, norms and scales
-    do not, whatever their number of dimensions. LARS adapts what decays, and no parameter without dimensions.
+    By `decay: matrices` only weights of linear, convolutional and embedding layers and prototypes decay: cls tokens, biases,
+    norms and scales do not, whatever their number of dimensions. LARS adapts what decays, and no parameter without dimensions.
 
     Args:
         rate: of the method, see `schedule`; made of the options if unset.
@@ -64,6 +65,7 @@ def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule
     method, rate = objective.method, rate or schedule(options)
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding
     matrices = {id(module.weight) for module in method.modules() if isinstance(module, kinds)}
+    matrices |= {id(getattr(part, name)) for part in method.modules() if isinstance(part, Part) for name in part.matrices}
     adaptive = options.name in ("lars", "larc")
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     for key, wanted in (("exclude", options.exclude), ("steady", options.steady)):
@@ -73,11 +75,12 @@ def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule
                 raise RecipeError(f"optim.{key}: nothing that is trained is called {part!r}{nearest(part, known)}.")
 
     def decays(name: str, p: Tensor) -> bool:
-        if _below(name, options.exclude) or (adaptive and p.ndim == 0):
+        if _below(name, [*options.exclude, *undecayed]) or (adaptive and p.ndim == 0):
             return False
         above = p.ndim > 1 and name.split(".")[-1] != "bias"
         return {"matrices": id(p) in matrices, "above_1d": above, "all": True}[options.decay]
 
+    undecayed = [name for name, part in method.named_modules() if isinstance(part, Part) and not part.decays]
     freezing = [name for name, module in method.named_modules() if hasattr(module, "is_frozen")]
     members: dict[tuple[bool, bool, bool, str | None], list[Tensor]] = {}
     for name, p in trained.items():

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from mmssl import random
 from mmssl.config import Recipe, keyed
 from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
 from mmssl.data.quarantine import Quarantine
@@ -27,6 +29,7 @@ from mmssl.hub.export import export_encoder, export_heads, load_weights
 from mmssl.methods import Method
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, Views, modality
+from mmssl.schedules import Schedule
 from mmssl.training import checkpoint
 from mmssl.training.launch import batch_split, launched, out, training_arguments
 from mmssl.training.objective import Objective
@@ -80,7 +83,7 @@ def prepare(
     # All this before the folder: a wrong path leaves no trace.
     views = _said("views", recipe.build_views)
     data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
-    steps_per_epoch(recipe, data.source, views)
+    check_method(recipe, data.source, views)
     folder = _first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
@@ -225,13 +228,38 @@ def key_batches(
     )
 
 
-def check_stream(method: Method) -> None:
+def check_method(recipe: Recipe, source: Source, views: Views) -> None:
+    """Whether the method can learn from these data in such batches, found without memory. Raises: RecipeError."""
+    with torch.device("meta"):
+        method = recipe.build()
+        if source.streaming:
+            check_stream(method, recipe)
+        else:
+            _said("method", lambda: method.attach(source.size, recipe.train.seed))
+    sizes = {batch_split(recipe, world())[0] * world()}
+    if not source.streaming:
+        keys = key_batches(recipe, source, views)
+        sizes = {(last - first) // keys.accumulation for first, last in pairwise(keys.plan.cuts)}
+    notes = [note for size in sorted(sizes) for note in _said("method", lambda size=size: method.check_batch(size))]
+    for note in notes[:1] if rank() == 0 else []:
+        print(f"mmssl: note: {note}.", file=sys.stderr)
+
+
+def check_stream(method: Method, recipe: Recipe) -> None:
     """Whether a method can do without passes over the data and their size. Raises: RecipeError."""
-    frozen = [name for name, module in method.named_modules() if getattr(module, "freeze_epochs", 0)]
-    if frozen:
-        raise RecipeError(f"method.freeze_epochs: a stream has no passes, and {frozen[0]} would never be trained; set it to 0.")
     if method.chooses or method.slots or method.needs_description(Clock()):
         raise RecipeError("data.streaming: this method keeps something for every sample; it needs data of known size.")
+    for name, module in method.named_modules():
+        for key, value in vars(module).items():
+            if key in ("freeze_epochs", "queue_from_epoch") and value:
+                where = f", and {name} would never be trained" if key == "freeze_epochs" else ""
+                raise RecipeError(f"method.{key}: {value}, a stream has no passes{where}; set it to 0.")
+            if isinstance(value, Schedule) and value.by == "epoch" and value.start != value.end:
+                raise RecipeError(
+                    f"method.{key}: changes by the epoch, and a stream has none; set it to a number, or by: step."
+                )
+    if recipe.optim.by == "epoch":
+        raise RecipeError("optim.by: epoch, and a stream has none; set it to step, with warmup and hold in updates.")
 
 
 class PassByPass:
@@ -307,10 +335,8 @@ class Run:
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
         method = recipe.build()
-        if source.streaming:
-            check_stream(method)
-        else:
-            _said("method", lambda: method.attach(source.size, recipe.train.seed))
+        if not source.streaming:
+            method.attach(source.size, recipe.train.seed)
         if recipe.model.init and not resume:  # type: ignore[attr-defined]
             load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
             for part in method.parts():
@@ -374,7 +400,7 @@ class Run:
             return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
 
         def keyed(first: int, last: int) -> DataLoader:
-            keys = key_batches(self.recipe, self.source, self.views, last, first, self._order)
+            keys = key_batches(self.recipe, self.source, self.views, last, first, self._order if self._chooses else None)
             return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
 
         return PassByPass(keyed, start, self.steps, self.epoch_steps) if self._chooses else keyed(start, self.steps)
@@ -384,9 +410,8 @@ class Run:
         return self.objective.method.chooses
 
     def _order(self, epoch: int) -> torch.Tensor | None:
-        """The samples of a pass if the method chooses them."""
-        method = self.objective.method
-        return method.order(Clock(epoch * self.epoch_steps, self.steps, epoch)) if self._chooses else None
+        """The samples of a pass, which the method chooses."""
+        return self.objective.method.order(Clock(epoch * self.epoch_steps, self.steps, epoch))
 
     def launch(self) -> dict[str, Any]:
         """How the run was really started, as seen from inside."""
@@ -411,9 +436,13 @@ class Run:
         self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
 
     def _describe(self, trainer: SelfSupervisedTrainer) -> torch.Tensor:
-        """(n, F) what the method makes of every sample, in the order of the data set; a collective."""
-        order = range(self.source.size)
-        batches = Loaded(PlainSet(self.source, self.dataset.kind, self.views, [*order]), self.micro, self.recipe.data.workers)
+        """(n, F) what the method makes of every sample, in the order of the data set; a collective.
+
+        Gone through in a shuffled order: a method may use batch statistics, and folders are sorted by class.
+        """
+        order = random.permutation(self.source.size, self.recipe.train.seed, "describe")
+        data = PlainSet(self.source, self.dataset.kind, self.views, order.tolist())
+        batches = Loaded(data, self.micro, self.recipe.data.workers)
         model: Any = trainer.model_wrapped
         was_training = model.training
         model.eval()
@@ -423,9 +452,9 @@ class Run:
             return model(trainer._prepare_inputs(inputs), describe=True)
 
         with trainer.compute_loss_context_manager():
-            rows = embed(batches, run, keep_all=True)["described"]
+            found = embed(batches, run, bare=True)["described"]
         model.train(was_training)
-        return rows.to(self.args.device)
+        return torch.empty_like(found).index_copy_(0, order, found).to(self.args.device)
 
     # Probes ----------------------------------------------------------------------------------------------------------
 

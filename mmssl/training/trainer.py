@@ -189,7 +189,11 @@ class SelfSupervisedTrainer(Trainer):
         method, clock = self.objective.method, self.clock
         if self.state.global_step % self.epoch_steps == 0:
             then = time.perf_counter()
-            method.on_epoch(clock, self.describe() if method.needs_description(clock) else None)
+            described = self.describe() if method.needs_description(clock) else None
+            try:
+                method.on_epoch(clock, described)
+            except ValueError as error:  # the recipe was checked: what is wrong now is what was learned
+                raise CollapseError(f"At step {self.state.global_step}, before a new pass: {error}.") from error
             self._pause(then)
 
     # One update ------------------------------------------------------------------------------------------------------

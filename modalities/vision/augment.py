@@ -7,21 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+
+from mmssl.random import generator
 
 Step = Literal["flip", "jitter", "grey", "blur", "solarize"]
 FLIP_FIRST: tuple[Step, ...] = ("flip", "jitter", "grey", "blur", "solarize")
 FLIP_LAST: tuple[Step, ...] = ("jitter", "grey", "blur", "solarize", "flip")
 GREY_FIRST: tuple[Step, ...] = ("grey", "jitter", "blur", "solarize", "flip")
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
+UNCUT = (0.0, 0.0, 0.0)
 ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+QUARTERS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # counter-clockwise
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Crops of one kind: what is cut from an image, and with which chance it is changed in which way."""
+    """Crops of one kind: what is cut from an image, and with which chance it is changed in which way.
+
+    The steps of `order` come first, then rotation and noise, and after normalisation cutout and Sobel. These four complete the
+    transformations of arXiv:2002.05709 (Figures 4 and 5); no published policy uses them.
+    """
 
     count: int = 1
     size: int | None = None  # pixels; model.image_size if unset
@@ -36,6 +46,12 @@ class Crop:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, whatever the size of the crop
     solarize: float = 0.0
     order: tuple[Step, ...] = FLIP_FIRST  # after the crop
+    rotate: float = 0.0  # by 90, 180 or 270 degrees, each as likely; 0.75 makes all four directions so
+    noise: float = 0.0
+    noise_std: float = 0.1  # of the range of a pixel
+    cutout: float = 0.0
+    cutout_side: float = 0.5  # of the view's side; that of arXiv:1708.04552 for CIFAR-10
+    sobel: float = 0.0
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -114,13 +130,16 @@ def check_crop(crop: Crop, key: str, image_size: int, patch_size: int = 1) -> No
             f"{key}.size: {size} pixels, must be between 1 and model.image_size={image_size}, in whole patches of {patch_size}"
         )
     check_box(crop.scale, crop.aspect, f"{key}.")
-    for name in ("flip", "jitter_chance", "grey", "blur", "solarize"):
+    for name in ("flip", "jitter_chance", "grey", "blur", "solarize", "rotate", "noise", "cutout", "sobel"):
         if not 0 <= getattr(crop, name) <= 1:
             raise ValueError(f"{key}.{name}: {getattr(crop, name)}, must be a probability")
     if min(crop.jitter) < 0 or crop.jitter[3] > 0.5:
         raise ValueError(f"{key}.jitter: {crop.jitter}, must be at least 0, and hue at most 0.5 turns")
     if not 0 < crop.blur_sigma[0] <= crop.blur_sigma[1]:
         raise ValueError(f"{key}.blur_sigma: {crop.blur_sigma}, must be two widths with 0 < smallest <= largest")
+    for name in ("noise_std", "cutout_side"):
+        if not 0 < getattr(crop, name) <= 1:
+            raise ValueError(f"{key}.{name}: {getattr(crop, name)}, must be above 0 and at most 1")
     if sorted(crop.order) != sorted(FLIP_FIRST):
         raise ValueError(f"{key}.order: {', '.join(crop.order)}; must name each of {', '.join(FLIP_FIRST)} once")
 
@@ -142,6 +161,11 @@ class Change(NamedTuple):
     grey: bool = False
     blur: float = 0.0  # sigma in pixels; 0 = none
     solarize: bool = False
+    rotation: int = 0  # quarter turns counter-clockwise
+    noise: float = 0.0  # standard deviation as a share of the range; 0 = none
+    noise_seed: int = 0
+    cutout: tuple[float, float, float] = UNCUT  # centre x, y and side as shares of the view's side; side 0 = none
+    sobel: bool = False
 
     @classmethod
     def drawn(cls, crop: Crop, draw: torch.Generator) -> Change:
@@ -154,12 +178,26 @@ class Change(NamedTuple):
         ranges = [(max(0.0, 1 - f), 1 + f) for f in factors] + [(-hue, hue)]
         colour = tuple(low + (high - low) * x for (low, high), x in zip(ranges, u[5:9]))
         thin, wide = crop.blur_sigma
-        return cls(
+        change = cls(
             flip, colour if jitter else UNCHANGED, sequence, grey, thin + (wide - thin) * u[9] if blur else 0.0, solarize
+        )
+        chances = (crop.rotate, crop.noise, crop.cutout, crop.sobel)
+        if not any(chances):
+            return change
+        # Masks are drawn next from `draw`: a second generator, keyed by the numbers so far, leaves them where they are.
+        second = generator("more", str(u))
+        *more, turn, across, down = torch.rand(7, generator=second, dtype=torch.float64).tolist()
+        rotate, noise, cutout, sobel = (x < chance for x, chance in zip(more, chances))
+        return change._replace(
+            rotation=1 + int(3 * turn) if rotate else 0,
+            noise=crop.noise_std if noise else 0.0,
+            noise_seed=int(torch.randint(2**62, (), generator=second)) if noise else 0,
+            cutout=(across, down, crop.cutout_side) if cutout else UNCUT,
+            sobel=sobel,
         )
 
     def applied(self, image: Image.Image, order: Sequence[Step] = FLIP_FIRST) -> Image.Image:
-        """The changed image, of the same size and mode."""
+        """The changed image, of the same size and mode; what follows normalisation is left to `finished`."""
         for step in order:
             if step == "flip" and self.flip:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -171,11 +209,25 @@ class Change(NamedTuple):
                 image = image.filter(ImageFilter.GaussianBlur(self.blur))
             elif step == "solarize" and self.solarize:
                 image = ImageOps.solarize(image, 128)
-        return image
+        if self.rotation:
+            image = image.transpose(QUARTERS[self.rotation - 1])
+        return noisy(image, self.noise, generator("noise", self.noise_seed)) if self.noise else image
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The normalised view (C, H, W) with its square cut out, then as gradients."""
+        if self.cutout[2]:
+            x = cut_out(x, *self.cutout)
+        return gradients(x) if self.sobel else x
 
     def record(self) -> dict[str, Tensor]:
-        """What a view tells of it, float32: flip (), colour (4,), sequence (4,), grey (), blur (), solarize ()."""
-        return {name: torch.tensor(value, dtype=torch.float32) for name, value in self._asdict().items()}
+        """What a view tells of it, all float32.
+
+        Returns: flip (), colour (4,), sequence (4,), grey (), blur (), solarize (), rotation () from 0 to 3, noise (),
+            cutout (3,), sobel ().
+        """
+        told = self._asdict()
+        del told["noise_seed"]
+        return {name: torch.tensor(value, dtype=torch.float32) for name, value in told.items()}
 
 
 def recoloured(image: Image.Image, colour: Sequence[float], sequence: Sequence[int]) -> Image.Image:
@@ -191,3 +243,41 @@ def hue_turned(image: Image.Image, turns: float) -> Image.Image:
     """Hue in 256 steps, shifted by whole steps towards 0, as torchvision does it on Pillow's images."""
     hsv = image.convert("HSV")
     return ImageChops.add_modulo(hsv, Image.new("HSV", hsv.size, (int(turns * 255) % 256, 0, 0))).convert(image.mode)
+
+
+def noisy(image: Image.Image, std: float, draw: torch.Generator) -> Image.Image:
+    """Independent Gaussian noise on each pixel and channel, rounded and cut off at black and white."""
+    pixels = np.asarray(image)
+    noise = torch.randn(pixels.shape, generator=draw).numpy()
+    return Image.fromarray((pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8))
+
+
+def cut_out(x: Tensor, across: float, down: float, side: float) -> Tensor:
+    """A normalised image (C, H, W) with a square of zeros, its mean; the square may reach beyond the image.
+
+    Args:
+        across, down: the centre, as shares of width and height, below 1.
+        side: as a share of the width.
+    Source: arXiv:1708.04552, section 3.
+    """
+    height, width = x.shape[1:]
+    pixels = round(side * width)
+    left, top = int(across * width) - pixels // 2, int(down * height) - pixels // 2
+    x = x.clone()
+    x[:, max(top, 0) : top + pixels, max(left, 0) : left + pixels] = 0
+    return x
+
+
+def gradients(x: Tensor) -> Tensor:
+    """Sobel gradients of the mean channel of a normalised image, with zeros around it.
+
+    Args:
+        x: (C, H, W).
+    Returns: (C, H, W): the gradient's length if C is 1; else its components across and down, and its length.
+    Source: arXiv:1807.05520, whose code has these filters. Departs from the paper: there the network holds them and reads two
+        channels, without the length; here they are an augmentation, and plain views and exported models see the image itself.
+    """
+    across = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    both = F.conv2d(x.mean(0)[None, None], torch.stack([across, across.T])[:, None], padding=1)[0]
+    length = torch.hypot(*both)[None]
+    return length if len(x) == 1 else torch.cat([both, length])

@@ -37,7 +37,7 @@ def plain_views(model: Any, path: Any) -> ImageViews:
     except (OSError, ValueError, TypeError, AttributeError):
         mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
     size = size or 224
-    return ImageViews(Images(size if isinstance(size, int) else size[0], channels), mean=mean, std=std)
+    return ImageViews(Images(size if isinstance(size, int) else size[0], channels), (0.08, 1.0), mean=mean, std=std)
 
 
 def _side(saved: Any) -> int | None:

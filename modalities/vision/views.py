@@ -109,7 +109,8 @@ class ImageViews:
             change = Change.drawn(crop, source)
             cut = image.resize((crop.size, crop.size), FILTERS[crop.interpolation], (left, top, left + width, top + height))
             shares = (left / image.width, top / image.height, width / image.width, height / image.height)
-            view = {"x": self._normalised(change.applied(cut, crop.order)), "box": torch.tensor(shares), **change.record()}
+            x = change.finished(self._normalised(change.applied(cut, crop.order)))
+            view = {"x": x, "box": torch.tensor(shares), **change.record()}
             if self.mask is not None and i < self.count:
                 view["hidden"] = self._hidden(source)
             tensors |= {f"{i}.{name}": tensor for name, tensor in view.items()}

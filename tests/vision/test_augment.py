@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,19 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import functional
 
 from mmssl.random import generator
-from modalities.vision.augment import FLIP_FIRST, POLICIES, Change, Crop, check_crop, hue_turned, policy, recoloured
+from modalities.vision.augment import (
+    FLIP_FIRST,
+    POLICIES,
+    Change,
+    Crop,
+    check_crop,
+    cut_out,
+    gradients,
+    hue_turned,
+    noisy,
+    policy,
+    recoloured,
+)
 
 
 def picture(size=40, seed=0):
@@ -119,6 +132,105 @@ def test_a_grey_image_is_changed_too():
     assert np.array_equal(pixels(found), pixels(wanted))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_rotation_turns_counter_clockwise_after_the_other_steps(quarters, mode):
+    image = picture().convert(mode)
+    found = Change(rotation=quarters).applied(image)
+    assert (found.mode, found.size) == (mode, image.size)
+    assert np.array_equal(pixels(found), np.rot90(pixels(image), quarters))
+    assert np.array_equal(pixels(found), pixels(functional.rotate(image, 90.0 * quarters)))
+    found = Change(flip=True, rotation=quarters).applied(image, ("jitter", "grey", "blur", "solarize", "flip"))
+    assert np.array_equal(pixels(found), np.rot90(pixels(image)[:, ::-1], quarters))
+
+
+def test_a_quarter_turn_of_four_pixels():
+    image = Image.frombytes("L", (2, 2), bytes([0, 1, 2, 3]))
+    assert pixels(Change(rotation=1).applied(image)).tolist() == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_noise_is_gaussian_and_independent(mode, std):
+    flat = Image.new(mode, (96, 96), 100 if mode == "L" else (100, 128, 155))
+    found = noisy(flat, std, generator("noise", mode))
+    assert (found.mode, found.size) == (flat.mode, flat.size)
+    apart = torch.from_numpy(pixels(found) - pixels(flat)).double().reshape(96, 96, -1)
+    n, exact = apart.numel(), ((255 * std) ** 2 + 1 / 12) ** 0.5  # with rounding
+    assert abs(float(apart.mean())) < 4 * exact / n**0.5
+    assert abs(float(apart.std()) / exact - 1) < 4 / (2 * n) ** 0.5
+    for sigmas in (1, 2):
+        bound = int(sigmas * 255 * std) + 0.5  # between two levels
+        share = math.erf(bound / (255 * std) / 2**0.5)
+        assert abs(float((apart.abs() < bound).double().mean()) - share) < 4 * (share * (1 - share) / n) ** 0.5
+    for other in (apart.roll(1, 0), apart.roll(1, 1), *([apart.roll(1, 2)] if mode == "RGB" else [])):
+        assert abs(float((apart * other).mean())) < 4.5 * exact**2 / n**0.5
+
+
+def test_noise_is_that_of_torchvision_cut_off_at_black_and_white():
+    image, std = picture(96), 0.3
+    ours = Change(noise=std, noise_seed=7).applied(image)
+    assert ours == Change(noise=std, noise_seed=7).applied(image)
+    assert ours != Change(noise=std, noise_seed=8).applied(image)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = functional.gaussian_noise(functional.pil_to_tensor(image).double() / 255, 0.0, std)
+    one, other = (torch.from_numpy(pixels(ours)).double() / 255).flatten(), theirs.permute(1, 2, 0).flatten()
+    for fact in (lambda v: v, lambda v: v * v, lambda v: (v <= 0.5 / 255).double(), lambda v: (v >= 254.5 / 255).double()):
+        a, b = fact(one), fact(other)
+        assert 0.01 < float(a.mean()) < 1
+        assert abs(float(a.mean() - b.mean())) < 4 * float((a.var() + b.var()) / len(a)) ** 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cutout_is_the_square_of_the_paper(channels):
+    draw = np.random.default_rng(0)
+    x, reached = torch.randn(channels, 32, 32, generator=generator("cutout")), set()
+    for _ in range(60):
+        row, column, length = draw.integers(32), draw.integers(32), int(draw.choice([2, 8, 16, 32]))
+        wanted, before = x.clone(), x.clone()
+        for r in range(32):
+            for c in range(32):
+                if row - length // 2 <= r < row + length // 2 and column - length // 2 <= c < column + length // 2:
+                    wanted[:, r, c] = 0
+        found = cut_out(x, (column + draw.random()) / 32, (row + draw.random()) / 32, length / 32)
+        assert torch.equal(found, wanted)
+        assert torch.equal(x, before)
+        reached.add(int((found[0] == 0).sum()) == length**2)
+    assert reached == {True, False}  # it may reach beyond the image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sobel_gradients_match_a_slow_loop(channels):
+    x = torch.randn(channels, 7, 7, generator=generator("sobel"), dtype=torch.float64)
+    grey = [[sum(float(x[c, i, j]) for c in range(channels)) / channels for j in range(7)] for i in range(7)]
+
+    def at(i, j):
+        return grey[i][j] if 0 <= i < 7 and 0 <= j < 7 else 0.0
+
+    wanted = torch.zeros(3, 7, 7, dtype=torch.float64)
+    for i in range(7):
+        for j in range(7):
+            across = sum(w * (at(i + d, j - 1) - at(i + d, j + 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+            down = sum(w * (at(i - 1, j + d) - at(i + 1, j + d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+            wanted[:, i, j] = torch.tensor([across, down, (across**2 + down**2) ** 0.5])
+    assert_close(gradients(x), wanted if channels == 3 else wanted[2:])
+
+
+def test_a_slope_has_the_same_gradient_everywhere():
+    across = torch.arange(9.0).expand(3, 9, 9)
+    assert gradients(across)[:, 4, 4].tolist() == [-8.0, 0.0, 8.0]
+    assert gradients(across.transpose(1, 2))[:, 4, 4].tolist() == [0.0, -8.0, 8.0]
+
+
+def test_gradients_see_the_square_that_was_cut_out():
+    x = torch.randn(3, 16, 16, generator=generator("both"))
+    change = Change(cutout=(0.5, 0.5, 0.5), sobel=True)
+    assert torch.equal(change.finished(x), gradients(cut_out(x, 0.5, 0.5, 0.5)))
+    assert bool((change.finished(x)[:, 5:11, 5:11] == 0).all())
+    assert Change().finished(x) is x
+
+
 # Draws
 
 
@@ -150,6 +262,43 @@ def test_chances_and_ranges_of_the_draws():
     assert float(((counts - count / 24) ** 2 / (count / 24)).sum()) < 49.7  # chi square, 23 degrees, 1 in 1000
 
 
+def test_chances_and_ranges_of_the_later_draws():
+    crop, count = Crop(rotate=0.6, noise=0.3, noise_std=0.2, cutout=0.5, cutout_side=0.25, sobel=0.1), 2000
+    source = generator("later chances")
+    drawn = [Change.drawn(crop, source) for _ in range(count)]
+    facts = torch.tensor([[d.rotation > 0, d.noise > 0, d.cutout[2] > 0, d.sobel, d.flip] for d in drawn]).double()
+    chances = torch.tensor([0.6, 0.3, 0.5, 0.1, 0.5]).double()
+    assert bool(((facts.mean(0) - chances).abs() < 4 * (chances * (1 - chances) / count).sqrt()).all())
+    assert float((torch.corrcoef(facts.T) - torch.eye(5)).abs().max()) < 4 / count**0.5
+    turns = torch.tensor([d.rotation for d in drawn if d.rotation])
+    counts, wanted = torch.bincount(turns, minlength=4)[1:].double(), len(turns) / 3
+    assert float(((counts - wanted) ** 2 / wanted).sum()) < 13.8  # chi square, 2 degrees, 1 in 1000
+    assert {d.noise for d in drawn} == {0.0, 0.2}
+    seeds = [d.noise_seed for d in drawn if d.noise]
+    assert len(set(seeds)) == len(seeds)
+    squares = torch.tensor([d.cutout for d in drawn if d.cutout[2]], dtype=torch.float64)
+    assert squares[:, 2].unique().tolist() == [0.25]
+    ideal = ((torch.arange(len(squares), dtype=torch.float64) + 0.5) / len(squares))[:, None]
+    assert float((squares[:, :2].sort(0).values - ideal).abs().max()) < 1.95 / len(squares) ** 0.5  # Kolmogorov, 1 in 1000
+    assert abs(float(torch.corrcoef(squares[:, :2].T)[0, 1])) < 4 / len(squares) ** 0.5
+
+
+def test_the_later_steps_move_nothing_that_was_drawn_before_them():
+    crop, source = POLICIES["simclr"][0], generator("pinned", 2)
+    found = Change.drawn(crop, source)
+    following = float(torch.rand((), generator=source, dtype=torch.float64))
+    # What this key gave before there were later steps.
+    assert (found.flip, found.sequence, found.grey, found.solarize) == (True, (3, 1, 2, 0), False, False)
+    assert found.colour == pytest.approx((1.35774228947, 1.50196756541, 0.80676947193, 0.16716916395), abs=1e-10)
+    assert (found.blur, following) == pytest.approx((1.07306702006, 0.38108600043), abs=1e-10)
+    later, source = replace(crop, rotate=1.0, noise=1.0, cutout=1.0, sobel=1.0), generator("pinned", 2)
+    every = Change.drawn(later, source)
+    assert every[:6] == found[:6]
+    assert every.rotation > 0
+    assert (every.noise, every.cutout[2], every.sobel) == (0.1, 0.5, True)
+    assert float(torch.rand((), generator=source, dtype=torch.float64)) == following
+
+
 def test_a_draw_is_a_function_of_its_key_and_options_do_not_shift_it():
     crop = POLICIES["simclr"][0]
     one, same, other = (Change.drawn(crop, generator("key", i)) for i in (1, 1, 2))
@@ -163,17 +312,19 @@ def test_a_draw_is_a_function_of_its_key_and_options_do_not_shift_it():
 
 def test_what_is_not_drawn_is_neutral():
     off = Crop(flip=0.0, jitter=(0.4, 0.4, 0.4, 0.4), jitter_chance=0.0)
-    on = Crop(flip=1.0, jitter_chance=1.0, grey=1.0, blur=1.0, solarize=1.0)
+    on = Crop(flip=1.0, jitter_chance=1.0, grey=1.0, blur=1.0, solarize=1.0, rotate=1.0, noise=1.0, cutout=1.0, sobel=1.0)
     for i in range(200):
         found = Change.drawn(off, generator(i))
         assert found._replace(sequence=()) == Change(sequence=())
         every = Change.drawn(on, generator(i))
         assert (every.flip, every.grey, every.solarize, every.colour) == (True, True, True, (1, 1, 1, 0))
         assert 0.1 <= every.blur <= 2.0
+        assert (every.rotation in (1, 2, 3), every.noise, every.cutout[2], every.sobel) == (True, 0.1, 0.5, True)
 
 
 def test_the_record_is_what_was_drawn():
-    record = Change(True, (1.5, 0.5, 1.25, -0.25), (3, 0, 2, 1), False, 0.75, True).record()
+    change = Change(True, (1.5, 0.5, 1.25, -0.25), (3, 0, 2, 1), False, 0.75, True, 3, 0.125, 99, (0.25, 0.75, 0.5), True)
+    record = change.record()
     assert {name: t.tolist() for name, t in record.items()} == {
         "flip": 1.0,
         "colour": [1.5, 0.5, 1.25, -0.25],
@@ -181,6 +332,10 @@ def test_the_record_is_what_was_drawn():
         "grey": 0.0,
         "blur": 0.75,
         "solarize": 1.0,
+        "rotation": 3.0,
+        "noise": 0.125,
+        "cutout": [0.25, 0.75, 0.5],
+        "sobel": 1.0,
     }
     assert {t.dtype for t in record.values()} == {torch.float32}
 
@@ -258,6 +413,7 @@ def test_policies_are_the_published_ones():
     assert {name: [row(crop) for crop in crops] for name, crops in POLICIES.items()} == TABLE
     every = {(c.flip, c.aspect, c.blur_sigma) for crops in POLICIES.values() for c in crops}
     assert every == {(0.5, (3 / 4, 4 / 3), (0.1, 2.0))}
+    assert not any(c.rotate or c.noise or c.cutout or c.sobel for crops in POLICIES.values() for c in crops)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +460,14 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name():
         ({"jitter": (0.4, -0.1, 0.4, 0.1)}, "jitter"),
         ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "jitter"),
         ({"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
+        ({"rotate": 1.1}, "rotate"),
+        ({"noise": -0.1}, "noise"),
+        ({"noise_std": 0.0}, "noise_std"),
+        ({"noise_std": float("nan")}, "noise_std"),
+        ({"cutout": float("nan")}, "cutout"),
+        ({"cutout_side": 1.5}, "cutout_side"),
+        ({"cutout_side": 0.0}, "cutout_side"),
+        ({"sobel": 2.0}, "sobel"),
         ({"order": ("flip", "jitter", "grey", "blur")}, "order"),
         ({"order": ("flip", "flip", "jitter", "grey", "blur")}, "order"),
     ],

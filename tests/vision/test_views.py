@@ -13,7 +13,7 @@ from mmssl.model.encoder import Encoder
 from mmssl.random import generator
 from mmssl.types import Batch, View
 from modalities.vision import DEFAULTS
-from modalities.vision.augment import Change, Crop
+from modalities.vision.augment import Change, Crop, cut_out, gradients
 from modalities.vision.features import PatchFeatures
 from modalities.vision.processor import plain_views, processor
 from modalities.vision.views import ImageViews, MaskOptions, crop_box, jittered
@@ -181,8 +181,8 @@ def test_one_view_for_each_crop_full_size_first():
     for view in found:
         assert (view.modality, view.mask) == ("vision", None)
         shapes = {name: tuple(t.shape) for name, t in view.record.items()}
-        assert shapes == {"box": (3, 4), "colour": (3, 4), "sequence": (3, 4)} | dict.fromkeys(
-            ("flip", "grey", "blur", "solarize"), (3,)
+        assert shapes == {"box": (3, 4), "colour": (3, 4), "sequence": (3, 4), "cutout": (3, 3)} | dict.fromkeys(
+            ("flip", "grey", "blur", "solarize", "rotation", "noise", "sobel"), (3,)
         )
     there_and_back = Batch.from_tensors(Batch(found, torch.arange(3)).tensors()).views
     for one, other in zip(found, there_and_back, strict=True):
@@ -264,6 +264,35 @@ def test_crops_do_not_move_when_a_chance_is_changed():
         assert torch.equal(one[f"{i}.box"], other[f"{i}.box"])
         assert torch.equal(one[f"{i}.flip"], other[f"{i}.flip"])
         assert torch.equal(one[f"{i}.x"], other[f"{i}.x"]) == (i >= 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rotation_cutout_sobel_and_noise_change_the_view_that_would_be_there_without_them(channels):
+    mask, image = MaskOptions(ratio=0.5, adjust=0.1, width=2, copies=3), picture()
+
+    def view(key, **options):
+        crops, normal = [Crop(1, jitter=(0.4, 0.4, 0.4, 0.1), **options)], {"mean": (0.5,), "std": (0.25,)}
+        views = ImageViews(features(channels=channels), crops=crops, mask=mask, **normal)
+        return views.collate([views(image, drawn(key))])[0]
+
+    seen = set()
+    for key in range(12):
+        bare = view(key)
+        turned, holed, edges, rough = (view(key, **{name: 1.0}) for name in ("rotate", "cutout", "sobel", "noise"))
+        quarters = int(turned.record["rotation"][0])
+        assert torch.equal(turned.x, bare.x.rot90(quarters, (2, 3)))
+        assert torch.equal(holed.x[0], cut_out(bare.x[0], *holed.record["cutout"][0].tolist()))
+        assert torch.equal(edges.x[0], gradients(bare.x[0]))
+        apart = rough.x - bare.x
+        assert 0.15 < float(apart.std()) < 0.45  # 0.1 of the range is 0.4 after normalisation, less where it is cut off
+        assert float(rough.record["noise"]) == pytest.approx(0.1)
+        for other in (turned, holed, edges, rough):
+            assert torch.equal(other.mask.hidden, bare.mask.hidden)
+            for name in ("box", "flip", "colour", "sequence", "grey", "blur", "solarize"):
+                assert torch.equal(other.record[name], bare.record[name])
+        assert [float(bare.record[name].abs().sum()) for name in ("rotation", "noise", "cutout", "sobel")] == [0.0] * 4
+        seen.add(quarters)
+    assert seen == {1, 2, 3}
 
 
 def test_boxes_are_distributed_as_the_kind_of_crop_says():
@@ -362,6 +391,7 @@ def test_views_of_a_saved_model_are_those_it_was_trained_with(tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(image_size=32, channels=3))
     image = picture()
     assert_close(plain_views(model, tmp_path).plain([image]).x, views.plain([image]).x, rtol=0, atol=1e-6)
+    assert plain_views(model, tmp_path).scale == (0.08, 1.0)  # of linear protocols, torchvision's default
     assert plain_views(model, tmp_path / "nothing").mean.tolist() == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
 
 
@@ -404,6 +434,7 @@ def test_a_bad_option_is_refused_by_its_name(options, name):
         ({"crops": [Crop(2), Crop(2, 20)]}, r"crops\.1\.size: 20 pixels"),
         ({"crops": [Crop(2), Crop(2, 64)]}, r"crops\.1\.size: 64 pixels"),
         ({"crops": [Crop(blur=2.0)]}, r"crops\.0\.blur: 2\.0, must be a probability"),
+        ({"crops": [Crop(), Crop(rotate=1.5)]}, r"crops\.1\.rotate: 1\.5, must be a probability"),
         ({"crops": "simclr", "flip": 0.0}, "scale, aspect, flip, jitter: each of the crops has its own"),
         ({"crops": "simclr", "jitter": 0.4}, "scale, aspect, flip, jitter: each of the crops has its own"),
         ({"crops": "simclr", "scale": [0.1, 1.0]}, "scale, aspect, flip, jitter: each of the crops has its own"),

@@ -19,6 +19,8 @@ from mmssl.training.trainer import SelfSupervisedTrainer
 class Timed(SelfSupervisedTrainer):
     """Keeps (seconds of training, k-NN accuracy) at each probe."""
 
+    paused = 0.0
+
     def begin_update(self) -> None:
         """The clock starts with the first update, after a look at the untrained network."""
         if not hasattr(self, "began"):
