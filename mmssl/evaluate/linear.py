@@ -84,7 +84,7 @@ class Heads:
         if options.optimizer == "sgd":
             self.optimizer: Optimizer = SGD(groups, momentum=options.momentum, nesterov=options.nesterov)
         else:
-            variant = {"lars": "outside", "larc": "larc"}[options.optimizer]
+            variant = "outside" if options.optimizer == "lars" else "larc"
             self.optimizer = Lars(groups, lr=scale * options.lr[0], momentum=options.momentum, variant=variant)
 
     def train(self, features: Tensor, labels: Tensor, epoch: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from mmssl.crops import one_by_one as expanded
 from modalities.speech.data import RATE
 
 MEL = 2595 * math.log10(1 + RATE / 2 / 700)  # half the sample rate on the mel scale
@@ -70,23 +70,9 @@ _LIMITS = {"speed": (0.5, 2), "pitch": (-12, 12), "decay": (0.01, 5), "snr": (-4
 def one_by_one(crops: list[Crop] | str | None) -> tuple[list[Crop], int]:
     """One entry for each view, and how many of them, the first ones, are of full size: the longest.
 
-    Raises: ValueError that begins with `crops`, for a policy that does not exist with the nearest name.
+    Raises: ValueError that begins with `crops`.
     """
-    if crops is None:
-        return [], 1
-    if isinstance(crops, str) and crops not in POLICIES:
-        close = difflib.get_close_matches(crops, POLICIES, 1, 0.5)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"crops: {crops!r} is no known policy{hint}; known are {', '.join(POLICIES)}")
-    kinds = POLICIES[crops] if isinstance(crops, str) else crops
-    if not kinds:
-        raise ValueError(f"crops: none are listed; name a policy, one of {', '.join(POLICIES)}, or set it to null")
-    for i, crop in enumerate(kinds):
-        check_crop(crop, f"crops.{i}")
-    each = [replace(crop, count=1) for crop in kinds for _ in range(crop.count)]
-    largest = max(_seconds(crop) for crop in each)
-    full = [crop for crop in each if _seconds(crop) == largest]
-    return full + [crop for crop in each if _seconds(crop) < largest], len(full)
+    return expanded(crops, POLICIES, check_crop, _seconds)
 
 
 def _seconds(crop: Crop) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from mmssl.crops import one_by_one as expanded
 
 LEAST = 4  # tokens that stay of a text that has as many
 
@@ -40,23 +41,9 @@ POLICIES: dict[str, tuple[Crop, ...]] = {
 def one_by_one(crops: list[Crop] | str | None) -> tuple[list[Crop], int]:
     """One entry for each view, and how many of them, the first ones, are of full size: those whose span may be the largest.
 
-    Raises: ValueError that begins with `crops`, for a policy that does not exist with the nearest name.
+    Raises: ValueError that begins with `crops`.
     """
-    if crops is None:
-        return [], 1
-    if isinstance(crops, str) and crops not in POLICIES:
-        close = difflib.get_close_matches(crops, POLICIES, 1, 0.5)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"crops: {crops!r} is no known policy{hint}; known are {', '.join(POLICIES)}")
-    kinds = POLICIES[crops] if isinstance(crops, str) else crops
-    if not kinds:
-        raise ValueError(f"crops: none are listed; name a policy, one of {', '.join(POLICIES)}, or set it to null")
-    for i, crop in enumerate(kinds):
-        check_crop(crop, f"crops.{i}")
-    each = [replace(crop, count=1) for crop in kinds for _ in range(crop.count)]
-    largest = max(crop.span[1] for crop in each)
-    full = [crop for crop in each if crop.span[1] == largest]
-    return full + [crop for crop in each if crop.span[1] < largest], len(full)
+    return expanded(crops, POLICIES, check_crop, lambda crop: crop.span[1])
 
 
 def check_crop(crop: Crop, key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
+from mmssl.crops import listed
 from mmssl.random import generator
 
 Step = Literal["flip", "jitter", "grey", "blur", "solarize"]
@@ -104,11 +104,8 @@ def policy(name: str, image_size: int, patch_size: int = 1) -> list[Crop]:
 
     Raises: ValueError with the nearest name if there is no such policy.
     """
-    if name not in POLICIES:
-        close = difflib.get_close_matches(name, POLICIES, 1, 0.5)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"crops: {name!r} is no known policy{hint}; known are {', '.join(POLICIES)}")
-    published = POLICIES[name][0].size
+    crops = listed(name, POLICIES)
+    published = crops[0].size
     assert published is not None
 
     def fitted(size: int | None) -> int:
@@ -117,7 +114,7 @@ def policy(name: str, image_size: int, patch_size: int = 1) -> list[Crop]:
         patches = max(1, round(image_size * size / published / patch_size))
         return min(patches, image_size // patch_size - 1) * patch_size
 
-    return [replace(crop, size=fitted(crop.size)) for crop in POLICIES[name]]
+    return [replace(crop, size=fitted(crop.size)) for crop in crops]
 
 
 def check_crop(crop: Crop, key: str, image_size: int, patch_size: int = 1) -> None:
