@@ -9,7 +9,10 @@ from mmssl.distributed import world
 from mmssl.parts import Center, Memory, Queue
 from mmssl.parts.kmeans import draw_rows, kmeans, pca_whiten, spherical_kmeans, uniform_order
 from mmssl.types import Clock
+from tests.losses.cases import CASES
 from tests.ranks import on_two_ranks
+
+CASE = CASES["dino_center_two_ranks"]
 
 
 def draw(*shape, seed=0):
@@ -55,8 +58,19 @@ def clusters(rank):
     ]
 
 
+def centre(rank):
+    """Of the reference case, whose ranks have other logits each."""
+    given = CASE["inputs"]
+    center = Center(4, given["momentum"]).double()
+    center.value.copy_(torch.tensor(given["center"], dtype=torch.float64))
+    logits = [given["rank0_teacher_logits"], given["rank1_teacher_logits"]]
+    center.update(torch.tensor(logits[rank] if world() > 1 else sum(logits, []), dtype=torch.float64))
+    center.after_step(Clock(1))
+    return center.value
+
+
 def both(rank):
-    return states(rank), clusters(rank)
+    return states(rank), clusters(rank), centre(rank)
 
 
 def refuse(rank):
@@ -69,8 +83,10 @@ def refuse(rank):
 
 @pytest.mark.distributed
 def test_two_ranks_hold_what_one_process_holds(tmp_path):
-    (first, first_clusters), (second, second_clusters) = on_two_ranks(refuse, folder=tmp_path)
-    one, one_clusters = both(0)
+    (first, first_clusters, *centers), (second, second_clusters, other) = on_two_ranks(refuse, folder=tmp_path)
+    one, one_clusters, alone = both(0)
+    for found in (*centers, other, alone):
+        assert_close(found.tolist(), CASE["expected"]["center_after_on_both_ranks"], rtol=1e-9, atol=0)
     assert_close(first[0], second[0], rtol=0, atol=0)
     assert_close(first[0], one[0], rtol=1e-12, atol=1e-12)
     for (rows, ids), (other, more), (whole, known) in zip(first[1], second[1], one[1]):
