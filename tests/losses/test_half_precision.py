@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -27,15 +26,11 @@ class Scalar(nn.Module):
         self.weight = nn.Parameter(torch.tensor([value]))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("ema_step_lost_in_bf16", torch.bfloat16), ("ema_step_lost_in_fp16", torch.float16)]
-)
-def test_a_teacher_moves_where_its_average_in_half_precision_stands_still(name, dtype):
-    case = LIMITS[name]
-    lost = torch.lerp(torch.tensor(case["teacher"], dtype=dtype), torch.tensor(case["student"], dtype=dtype), 1 - case["m"])
-    assert (
-        float(lost) == case[f"{str(dtype).removeprefix('torch.').replace('float16', 'fp16').replace('bfp16', 'bf16')}_result"]
-    )
+@pytest.mark.parametrize(("short", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_teacher_moves_where_its_average_in_half_precision_stands_still(short, dtype):
+    case = LIMITS[f"ema_step_lost_in_{short}"]
+    start, end = (torch.tensor(case[name], dtype=dtype) for name in ("teacher", "student"))
+    assert float(torch.lerp(start, end, 1 - case["m"])) == case[f"{short}_result"]
     student = Network(Scalar(case["teacher"]))
     teacher = Teacher(student, constant(case["m"]))
     student.encoder.weight.data.fill_(case["student"])
@@ -67,7 +62,6 @@ def test_small_correlations_do_not_flush_to_zero_under_autocast():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_of_zeros_in_half_precision_give_no_nan(dtype):
     assert float(torch.tensor(1e-12).half()) == LIMITS["eps_1e-12_in_fp16"]
-    assert F.normalize(torch.zeros(1, 3, dtype=torch.float16), eps=1e-12).isnan().any() or dtype is torch.bfloat16
     z = torch.zeros(4, 3, dtype=dtype, requires_grad=True)
     assert not unit_rows(z).isnan().any()
     nt_xent(z, z.detach() + 1).backward()

@@ -64,7 +64,7 @@ def centre(rank):
     center = Center(4, given["momentum"]).double()
     center.value.copy_(torch.tensor(given["center"], dtype=torch.float64))
     logits = [given["rank0_teacher_logits"], given["rank1_teacher_logits"]]
-    center.update(torch.tensor(logits[rank] if world() > 1 else sum(logits, []), dtype=torch.float64))
+    center.update(torch.tensor(logits[rank] if world() > 1 else logits[0] + logits[1], dtype=torch.float64))
     center.after_step(Clock(1))
     return center.value
 
