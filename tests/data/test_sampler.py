@@ -183,3 +183,11 @@ def test_data_that_do_not_fill_an_update_of_known_lengths():
     assert bucketed(lengths=torch.full((9,), 10), budget=20).epoch_length == 1
     with pytest.raises(RecipeError, match="cannot be shared by 3 ranks"):
         bucketed(world=3)
+
+
+def test_an_order_that_a_method_chose_is_followed_and_refused_where_lengths_decide():
+    chosen = torch.arange(10).flip(0)
+    keys = KeyBatches(10, 4, 4, 0, 1, 2, 0, order=lambda epoch: chosen)
+    assert [[index for _, index in batch] for batch in keys] == [[9, 8, 7, 6], [5, 4, 3, 2]]
+    with pytest.raises(RecipeError, match=r"^method\.name: it chooses"):
+        KeyBatches(10, 4, 4, 0, 1, 2, 0, lengths=torch.arange(1, 11), order=lambda epoch: chosen)

@@ -1,14 +1,18 @@
 """What all joint-embedding methods must keep, on tiny models."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mmssl.distributed import all_sum, world
-from mmssl.methods import METHODS
+from mmssl.losses import sinkhorn
+from mmssl.methods import METHODS, sela_v2
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
-from mmssl.schedules import constant
+from mmssl.schedules import constant, cosine
 from mmssl.types import Batch, Clock, View
 from tests.ranks import on_two_ranks
 
@@ -160,3 +164,23 @@ def test_the_teacher_is_no_parameter_and_moves(name):
     kept = method.teacher.momentum(Clock(1, 3, 0))
     for key, value in method.teacher.network.named_parameters():
         assert_close(value, start[key] + (1 - kept) * 1.0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [4096, 5])
+def test_sela_balances_as_sinkhorn_does_without_the_whole_matrix(block, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    rows, directions = (F.normalize(torch.randn(n, 6, generator=draw, dtype=torch.float64), dim=1) for n in (23, 4))
+    monkeypatch.setattr(sela_v2, "BLOCK", block)
+    found, ids = sela_v2.balanced_means(rows, directions, 0.05, 7)
+    codes = sinkhorn(rows @ directions.T, 0.05, 7)
+    assert_close(found, F.normalize(codes.T @ rows, dim=1), rtol=1e-9, atol=1e-9)
+    assert torch.equal(ids, codes.argmax(1))
+
+
+@pytest.mark.parametrize("name", ["byol", "dino"])
+def test_momentum_is_that_of_the_update_it_follows(name):
+    """m(k) after update k (arXiv:2006.07733): the last update of a run still moves the teacher."""
+    method = build(name, momentum=cosine(0.99, 1.0))
+    kept = [method.teacher.health(Clock(step, 4))["momentum"] for step in range(1, 5)]
+    wanted = [1 - 0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert kept == pytest.approx(wanted, abs=1e-12)

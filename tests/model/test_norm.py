@@ -4,7 +4,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmssl.distributed import world
-from mmssl.model.norm import BatchNorm, Groups, grouped, split_groups, synchronised
+from mmssl.model.norm import BatchNorm, Groups, by_batch, grouped, split_groups, synchronised
 from tests.ranks import on_two_ranks
 
 SHAPES = [(6, 5), (6, 5, 7), (6, 5, 3, 4)]
@@ -182,3 +182,14 @@ def test_two_ranks_are_one_process(tmp_path):
         assert_close(first[3], one[3], rtol=1e-9, atol=1e-12)
         if one[4] is not None:
             assert torch.equal(torch.stack([first[4], second[4]], 1).flatten(), one[4])
+
+
+def test_by_batch_uses_the_statistics_of_the_batch_and_leaves_the_running_ones():
+    norm, x = BatchNorm(3).double().eval(), torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with by_batch(norm):
+        found = norm(x + 5)
+    assert_close(found, (x - x.mean(0)) / (x.var(0, correction=0) + norm.eps).sqrt(), rtol=1e-9, atol=1e-9)
+    assert_close(dict(norm.state_dict()), before, rtol=0, atol=0)
+    assert not norm.training
+    assert norm.momentum == 0.1

@@ -227,3 +227,10 @@ def test_conv_positions_do_not_depend_on_padding():
     kept, _ = positions(tokens, Mask.of(hidden, pad), pad)
     alone, _ = positions(tokens[1:, :25], Mask.of(hidden[2:, :25]))
     assert_close(kept[2:, :19], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_scaled_positions_are_smaller_by_that_factor():
+    whole, small = SinCos2d(8, (4, 4)), SinCos2d(8, (4, 4), 0.25)
+    for side in (4, 2):
+        zeros = torch.zeros(1, side * side, 8)
+        torch.testing.assert_close(small(zeros)[0], 0.25 * whole(zeros)[0])

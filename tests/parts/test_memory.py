@@ -95,3 +95,10 @@ def test_micro_batches_count_as_one_batch_and_bad_or_skipped_ones_do_not():
     center.after_step(Clock(2))
     center.after_step(Clock(3))  # nothing was staged
     assert torch.equal(center.value, before)
+
+
+def test_of_a_sample_that_meets_itself_the_first_row_counts():
+    memory, rows = Memory(4, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    memory.write(torch.tensor([2, 1, 2]), rows)
+    memory.after_step(Clock(1))
+    assert_close(memory.read(torch.tensor([2, 1])), rows[:2])

@@ -13,6 +13,7 @@ from mmssl.random import generator
 from mmssl.types import Batch, Rejected
 from modalities.text import DEFAULTS, TextViews
 from modalities.text.augment import POLICIES, Crop, one_by_one, view
+from modalities.text.features import TextFeatures
 from modalities.text.tokenizer import encode
 from modalities.text.views import MaskOptions, configure
 
@@ -430,3 +431,12 @@ def test_spans_never_ask_for_more_than_there_is():
         rows = [{"x": torch.full((int(n),), 5), "seed": torch.tensor(trial * 6 + i)} for i, n in enumerate(lengths)]
         (view,) = every.collate(rows)  # Mask.of checks the counts
         assert view.mask.hidden.any(1).all()
+
+
+def test_places_are_drawn_as_small_as_the_recipe_says():
+    torch.manual_seed(0)
+    features = TextFeatures(64, vocab_size=500, max_tokens=200, position_std=0.002)
+    assert float(features.places.weight[2:].detach().std()) == pytest.approx(0.002, rel=0.05)
+    assert float(features.tokens.weight[2:].detach().std()) == pytest.approx(0.02, rel=0.05)
+    with pytest.raises(ValueError, match=r"^position_std: -1"):
+        TextFeatures(64, vocab_size=500, position_std=-1)

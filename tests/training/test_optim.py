@@ -12,6 +12,8 @@ from torchvision.models import resnet18
 
 from mmssl.config import OptimOptions, Recipe
 from mmssl.errors import RecipeError
+from mmssl.methods.deepcluster import FreshLinear
+from mmssl.parts import Prototypes
 from mmssl.training.objective import PROBE_SCALE, Objective, Standardise
 from mmssl.training.optim import PROBE_LR, build_optimizer, check_whole, clip_each, parameter_groups, schedule, set_rates
 from mmssl.types import Clock
@@ -413,3 +415,10 @@ def test_the_probe_learns_from_features_that_are_all_the_same_dimension(name, ti
     assert losses[0] == pytest.approx(math.log(2))
     assert losses[-1] < 0.35
     assert max(losses) <= losses[0] + 1e-6
+
+
+def test_prototypes_decay_and_adapt_as_matrices_and_what_begins_anew_never_does():
+    method = nn.ModuleDict({"prototypes": Prototypes(4, 6, learned_gain=True), "fresh": FreshLinear(4, 3)})
+    for decay, adapted in (("matrices", {(6, 4), (6, 1)}), ("all", {(6, 4), (6, 1)})):
+        groups = parameter_groups(stand_in(method), OptimOptions(name="lars", decay=decay))
+        assert {tuple(p.shape) for group in groups if group["adapt"] for p in group["params"]} == adapted
