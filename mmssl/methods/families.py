@@ -120,6 +120,12 @@ def unit(z: list[Tensor]) -> list[Tensor]:
     return [F.normalize(one if one.itemsize > 4 else one.float(), dim=-1) for one in z]
 
 
+def at_start(student: Network, view: View) -> Tensor:
+    """(B, D) projections of length 1 by an untrained network: by batch statistics, since running ones say nothing yet."""
+    with by_batch(student):
+        return F.normalize(student.project(student.embed(view)), dim=-1)
+
+
 def share_used(ids: Tensor, count: int) -> Tensor:
     """() share of the clusters that hold samples. ids: (N,) int64, none of them unassigned."""
     return torch.zeros(count, device=ids.device).index_fill_(0, ids, 1.0).mean()
@@ -165,9 +171,8 @@ class MemoryCodes(JointEmbedding):
         return clock.epoch == 0
 
     def describe(self, view: View) -> Tensor:
-        """(B, dim) projections of length 1, by batch statistics: running ones say nothing yet."""
-        with by_batch(self.student):
-            return F.normalize(self.student.project(self.student.embed(view)), dim=-1)
+        """(B, dim) projections of length 1."""
+        return at_start(self.student, view)
 
     def assign(self, rows: Tensor, directions: Tensor, draw: torch.Generator) -> Clusters:
         """Directions and codes of one head, from the memory (N, dim) and the directions (K, dim) it had."""

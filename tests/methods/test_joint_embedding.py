@@ -184,3 +184,16 @@ def test_momentum_is_that_of_the_update_it_follows(name):
     kept = [method.teacher.health(Clock(step, 4))["momentum"] for step in range(1, 5)]
     wanted = [1 - 0.01 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert kept == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_memory_may_start_with_what_the_untrained_network_makes_of_each_sample():
+    method = build("instance_discrimination", memory_start="embedded")
+    drawn = method.memory.rows.clone()
+    assert not build("instance_discrimination").needs_description(Clock(0, 10, 0))
+    assert method.needs_description(Clock(0, 10, 0))
+    assert not method.needs_description(Clock(5, 10, 1))
+    described = method.describe(View(images("instance_discrimination")[0], "vision"))
+    assert_close(described.norm(dim=1), torch.ones(SAMPLES, dtype=torch.float64))
+    method.on_epoch(Clock(0, 10, 0), described)
+    assert torch.equal(method.memory.rows, described)
+    assert not torch.equal(drawn, described)

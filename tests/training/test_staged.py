@@ -22,6 +22,7 @@ RUNS = {
     "deepcluster_v2": ("hidden: 16, dim: 8, prototypes: 5, heads: 3, iterations: 3", "swav", "name: larc, lr: 0.5"),
     "moco_v2": ("hidden: 16, dim: 8, queue: 20, split: 2", "moco-cifar", "name: sgd, lr: 0.05, nesterov: true"),
     "swav": ("hidden: 16, dim: 8, prototypes: 5, queue: 12, queue_from_epoch: 1", "swav", "name: lars, lr: 0.5"),
+    "instance_discrimination": ("dim: 8, memory_start: embedded", "instdisc", "name: sgd, lr: 0.05"),
     "dino": ("hidden: 16, bottleneck: 8, prototypes: 6, head_norm: true", "dino", "clip_each: 0.3, weight_decay_end: 0.4"),
 }
 
@@ -90,6 +91,7 @@ def test_resuming_repeats_the_run_to_the_bit(name, whole, tmp_path):
 STATE = {
     "deepcluster": ["model.method.ids", "model.method.agreement", "model.method.classifier.weight"],
     "deepcluster_v2": ["model.method.ids", "model.method.memories.1.rows", "model.method.memories.0.seen"],
+    "instance_discrimination": ["model.method.memory.rows", "model.method.memory.seen"],
     "moco_v2": ["model.method.queue.rows", "model.method.queue.ids", "model.method.queue._extra_state"],
     "swav": ["model.method.queues.0.rows", "model.method.queues.1._extra_state", "model.method.prototypes.weight"],
     "dino": ["model.method.center.value", "model.method.teacher.network.projector.mlp.0.weight"],
