@@ -81,3 +81,14 @@ def uniform(length: int, copies: int, ratio: float, draw: torch.Generator) -> Te
     kept = min(max(1, math.floor(length * (1 - ratio))), length - 1)
     order = torch.rand(copies, length, generator=draw).argsort(dim=1)
     return torch.ones(copies, length, dtype=torch.bool).scatter_(1, order[:, :kept], False)
+
+
+def of_size(hidden: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Rows with exactly `count` masked tokens: uniformly drawn ones are masked or unmasked in addition.
+
+    Args:
+        hidden: (M, L) bool, True = masked.
+    Returns: (M, L) bool.
+    """
+    order = (torch.rand(hidden.shape, generator=draw) + hidden).argsort(dim=1, descending=True)
+    return torch.zeros_like(hidden).scatter_(1, order[:, :count], True)

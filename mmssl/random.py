@@ -47,6 +47,22 @@ def normal(keys: Sequence[int], shape: tuple[int, ...], like: Tensor) -> Tensor:
     return rows
 
 
+def uniform(keys: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Uniform rows in [0, 1), fp32, each a function of its own key alone.
+
+    Args:
+        keys: one seed per row.  shape: of a row.
+    Returns: (len(keys), *shape).
+    """
+    rows = torch.empty((len(keys), *shape), device=device)
+    if device.type == "meta":
+        return rows
+    source = torch.Generator(device=device)
+    for row, seed in zip(rows, keys, strict=True):
+        row.uniform_(generator=source.manual_seed(seed))
+    return rows
+
+
 def row_keys(seed: int, step: int, micro: int, rows: int, rank: int, world: int) -> tuple[int, ...]:
     """One key for each row of a micro-batch, by its place in the global batch: the same sample gets the same key on any world.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.errors import RecipeError
-from mmssl.types import View
+from mmssl.types import Rebuilt, View
 
 GROUP = "mmssl.modalities"
 
@@ -59,6 +59,7 @@ class Modality(NamedTuple):
     # method -> block -> options: what its base recipe for this kind of data sets otherwise than the method's own defaults
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
+    draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
 
 
 @cache

@@ -14,6 +14,9 @@ class Mask(NamedTuple):
     hidden: Tensor  # (M*B, L) bool, True = masked
     keep: Tensor  # (M*B, L_visible) visible positions, ascending; where a row has fewer, padding fills it up
     restore: Tensor  # (M*B, L) order that puts visible + filler tokens back in place
+    wanted: Tensor | None = (
+        None  # (M*B, K, n) places of K groups to predict, one apart from the other; None: all that is hidden
+    )
 
     @classmethod
     def of(cls, hidden: Tensor, pad: Tensor | None = None) -> Mask:
@@ -46,6 +49,26 @@ class Mask(NamedTuple):
         rest = torch.ones_like(hidden).scatter_(1, keep, False)
         return cls(hidden, keep, rest.to(torch.uint8).argsort(dim=1, stable=True).argsort(dim=1))
 
+    @classmethod
+    def replacing(cls, hidden: Tensor) -> Mask:
+        """A mask whose places the encoder sees with something else in them: rows may hide any number of tokens, even none.
+
+        Args:
+            hidden: (M*B, L) bool, True = masked.
+        """
+        everywhere = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape)
+        return cls(hidden, everywhere, everywhere)
+
+    def complement(self, pad: Tensor | None = None) -> Mask:
+        """The mask that hides what this one shows. pad: (B, L) bool, True = padding."""
+        waste = False if pad is None else pad.repeat_interleave(self.hidden.shape[0] // pad.shape[0], 0)
+        return Mask.of(~self.hidden & ~torch.as_tensor(waste, device=self.hidden.device), pad)
+
+    @property
+    def rest(self) -> Tensor:
+        """(M*B, L - L_visible) the other places, ascending: those that fillers take."""
+        return self.restore.argsort(dim=1)[:, self.keep.shape[1] :]
+
     @property
     def count(self) -> int:
         """Places per row that fillers take: masked tokens, and padding beyond what is kept."""
@@ -55,7 +78,7 @@ class Mask(NamedTuple):
 class View(NamedTuple):
     """One version of each sample of a batch."""
 
-    x: Tensor  # vision (B, C, H, W) | speech (B, samples) | text (B, L) token ids
+    x: Tensor  # vision (B, C, H, W) | speech (B, samples) | spectrogram (B, T, F) | text (B, L) ids
     modality: str  # a registry name
     pad: Tensor | None = None  # (B, L) bool, True = padding; in tokens or frames, not in samples of sound
     mask: Mask | None = None  # drawn with the view; rows (M*B, L)
@@ -82,7 +105,8 @@ class Batch(NamedTuple):
             if view.pad is not None:
                 flat[f"{i}.{view.modality}.pad"] = view.pad
             if view.mask is not None:
-                flat.update({f"{i}.{view.modality}.mask.{name}": t for name, t in view.mask._asdict().items()})
+                own = {name: t for name, t in view.mask._asdict().items() if t is not None}
+                flat.update({f"{i}.{view.modality}.mask.{name}": t for name, t in own.items()})
             flat.update({f"{i}.{view.modality}.record.{name}": t for name, t in view.record.items()})
         return flat
 
@@ -93,7 +117,8 @@ class Batch(NamedTuple):
         for number in sorted({int(name.split(".")[0]) for name in flat if name[0].isdigit()}):
             own = {tuple(name.split(".")[1:]): t for name, t in flat.items() if name.startswith(f"{number}.")}
             modality = next(iter(own))[0]
-            mask = Mask(*(own[modality, "mask", f] for f in Mask._fields)) if (modality, "mask", "hidden") in own else None
+            masks = {place[2]: t for place, t in own.items() if place[1] == "mask"}
+            mask = Mask(**masks) if masks else None
             record = {place[2]: t for place, t in own.items() if place[1] == "record"}
             views.append(View(own[modality, "x"], modality, own.get((modality, "pad")), mask, record))
         return cls(views, flat["index"], keys)
@@ -114,6 +139,14 @@ class StepOutput(NamedTuple):
     losses: dict[str, Tensor]  # weighted scalars; their sum is back-propagated and is the logged loss
     health: dict[str, Tensor] = {}  # detached scalars, logged only
     embedding: Tensor | None = None  # (B, D) detached, one row a sample: what the online linear probe learns from
+
+
+class Rebuilt(NamedTuple):
+    """What a method made of what it did not see, for people to look at."""
+
+    truth: Tensor  # (R, L, n) raw values of each token, or (R, L) ids
+    guess: Tensor  # of the same shape; what the method says nothing about is not looked at
+    hidden: Tensor  # (R, L) bool, True = not seen
 
 
 class Clock(NamedTuple):

@@ -5,9 +5,9 @@ import random
 import pytest
 import yaml
 
-from mmssl import config
-from mmssl.config import MAX_BYTES, Recipe, find_recipe, read_yaml, shipped_recipes
+from mmssl.config import MAX_BYTES, Recipe, find_recipe, keyed, read_yaml, shipped_recipes
 from mmssl.errors import RecipeError
+from mmssl.registry import modality
 from mmssl.schedules import Schedule
 
 DEMO = "vision/data2vec2-demo"
@@ -188,8 +188,8 @@ def configured(monkeypatch):
 
     def use(configure):
         calls = []
-        changed = config.modality("vision")._replace(configure=lambda *a: (calls.append(a), configure(*a))[1])
-        monkeypatch.setattr(config, "modality", lambda name: changed)
+        changed = modality("vision")._replace(configure=lambda *a: (calls.append(a), configure(*a))[1])
+        monkeypatch.setattr("mmssl.config.recipe.modality", lambda name: changed)
         return calls
 
     return use
@@ -237,7 +237,7 @@ def test_a_mistake_in_what_the_views_decide_is_told_with_the_others(configured):
     ],
 )
 def test_a_message_that_names_its_key_keeps_it(text, found):
-    assert config.keyed("views", ValueError(text)) == found
+    assert keyed("views", ValueError(text)) == found
 
 
 # YAML ------------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_a_modality_imports_types_random_model_and_registry_and_no_other_modalit
 
 
 @pytest.mark.parametrize(
-    "name", [*CORE, "mmssl.model.modeling", *(n for n in FILES if n.startswith("modalities") and n.endswith(".features"))]
+    "name", [*CORE, "mmssl.model.modeling", *(n for n in FILES if n.startswith("modalities") and n.endswith("features"))]
 )
 def test_exported_model_code_needs_torch_and_transformers_only(name):
     for other in imports(name):

@@ -5,6 +5,7 @@ python tools/write_docs.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from mmssl.config import recipe_class, shipped_recipes
+from mmssl.methods import METHODS
+from mmssl.registry import modalities
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """# Recipes
@@ -20,16 +23,41 @@ INTRO = """# Recipes
 A recipe is one YAML file of seven blocks. Every key can be set on the command line as `key.sub=value`, the value in YAML;
 `1e-3` is a number. `data=X` means `data.path=X`, `method=X` means `method.name=X`, `model=X` means `model.init=X`. Unknown
 keys and wrong types are refused, all at once. `mmssl copy NAME FILE` gives you a shipped recipe to edit;
-[recipe.schema.json](recipe.schema.json) serves editors that know JSON Schema. The blocks `model`, `method` and `views` depend
-on modality and method; below are those of data2vec 2 on images. A relative `data.path` is stored as it is: resume a run
-from the folder where it was started.
-
-Shipped: {names}.
+[recipe.schema.json](recipe.schema.json), of data2vec 2 on images, serves editors that know JSON Schema. A relative `data.path`
+is stored as it is: resume a run from the folder where it was started.
 
 Processes: `recipes/accelerate/cpu2-ddp.yaml` and `cpu2-zero3.yaml` are launch profiles for two processes without a GPU;
 `accelerate launch --config_file PROFILE recipes/pretrain.py RECIPE`. ZeRO on CPU compiles a small extension and needs a C++
 compiler.
+
+## Shipped recipes
+
+The name is `MODALITY/METHOD-SIZE`. base and large have the published settings, small is for one GPU, demo for two CPU cores;
+others are named after a data set or a backbone.
+
 """
+HEAD = "| key | type | default | |\n|---|---|---|---|\n"
+
+
+def shipped() -> str:
+    """A row for each method, a column for each modality."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in shipped_recipes():
+        modality, file = name.split("/")
+        method, _, size = file.partition("-")
+        found.setdefault(method, {}).setdefault(modality, []).append(size)
+    columns = sorted({modality for sizes in found.values() for modality in sizes}, key=modalities().index)
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in sorted(found):
+        cells = (", ".join(found[method].get(modality, [])) for modality in columns)
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short(options: Any) -> str:
+    """What is set in a dataclass otherwise than its own defaults."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default}
+    return ", ".join(f"{name}: {value}" for name, value in given.items()).join("{}")
 
 
 def rows(model: Any, prefix: str) -> list[str]:
@@ -41,31 +69,64 @@ def rows(model: Any, prefix: str) -> list[str]:
             default = "empty" if field.default_factory else "required"
         elif default is None:
             default = "unset"
+        elif dataclasses.is_dataclass(default):
+            default = short(default)
         kind = str(field.annotation)
         if get_origin(field.annotation) is Literal:
             kind = " | ".join(get_args(field.annotation))
         elif isinstance(field.annotation, type) and not get_args(field.annotation):
             kind = field.annotation.__name__
         kind = re.sub(r"Annotated\[(\w+), FieldInfo\(.*?\]\)\]", r"\1", kind)
-        for noise in ("typing.", "mmssl.schedules.", "mmssl.model.decoder.", "modalities.vision.views.", "NoneType"):
+        for noise in ("typing.", "NoneType"):
             kind = kind.replace(noise, "")
+        kind = re.sub(r"\b(?:mmssl|modalities)(?:\.\w+)+\.(\w+)", r"\1", kind)
         cells = (f"`{prefix}{name}`", f"`{kind}`".replace("|", "\\|"), f"`{default}`", field.description or "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
+def block_of(block: str, method: str, modality: str, wrapped: bool = False) -> Any:
+    """The pydantic model of a block."""
+    return recipe_class(method, modality, wrapped).model_fields[block].annotation
+
+
+def by_modality(block: str) -> str:
+    """What all modalities have in that block, and what each has of its own."""
+    first = {kind: next(name for name, method in METHODS.items() if kind in method.modalities) for kind in modalities()}
+    models = {kind: block_of(block, method, kind) for kind, method in first.items()}
+    tables = {kind: rows(model, f"{block}.") for kind, model in models.items()}
+    shared = [row for row in next(iter(tables.values())) if all(row in table for table in tables.values())]
+    text = HEAD + "\n".join(shared) + "\n" if shared else ""
+    for kind, table in tables.items():
+        text += f"\n### {block}, {kind}\n\n{HEAD}" + "\n".join(row for row in table if row not in shared) + "\n"
+    return text
+
+
 def documents() -> dict[Path, str]:
     """File -> what it should hold."""
     recipe = recipe_class("data2vec2", "vision")
-    text = INTRO.format(names=", ".join(f"`{name}`" for name in shipped_recipes()))
+    text = INTRO + shipped()
     for block, field in recipe.model_fields.items():
         model: Any = field.annotation
         if not hasattr(model, "model_fields"):
             continue
         text += f"\n## {block}\n\n"
-        if model.__doc__ and block not in ("model", "method", "views"):
-            text += f"{model.__doc__.splitlines()[0]}\n\n"
-        text += "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows(model, f"{block}.")) + "\n"
+        if block in ("model", "views"):
+            text += by_modality(block)
+        elif block == "method":
+            text += "`method.name` chooses; the other options are those of the method.\n"
+            for name, method in METHODS.items():
+                own = [
+                    row for row in rows(block_of("method", name, method.modalities[0]), "method.") if "`method.name`" not in row
+                ]
+                text += f"\n### method.name={name}\n\n{HEAD if own else ''}" + "\n".join(own) + ("\n" if own else "None.\n")
+        else:
+            text += f"{model.__doc__.splitlines()[0]}\n\n{HEAD}" + "\n".join(rows(model, f"{block}.")) + "\n"
+        if block == "model":
+            wrapped = rows(block_of("model", "simclr", "vision", True), "model.")
+            text += (
+                "\n### model, with a model of transformers (`model.backbone`), images\n\n" + HEAD + "\n".join(wrapped) + "\n"
+            )
     schema = json.dumps(recipe.model_json_schema(), indent=1) + "\n"
     return {ROOT / "docs" / "recipes.md": text, ROOT / "docs" / "recipe.schema.json": schema}
 

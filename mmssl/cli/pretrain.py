@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> int:
     from mmssl.config import Recipe
 
     recipe = Recipe.load(given["recipe"], *given["overrides"])
-    from mmssl.training.pretrain import finish, pretrain
+    from mmssl.training.outcome import finish
+    from mmssl.training.pretrain import pretrain
 
     return finish(pretrain(recipe, overwrite=given["overwrite"]))

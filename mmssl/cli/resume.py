@@ -17,6 +17,7 @@ def run(arguments: list[str]) -> int:
 
     folder = RunFolder.open(given["run"])
     recipe = Recipe.check({**read_yaml(folder.config), "out": str(given["run"])}, str(folder.config))
-    from mmssl.training.pretrain import finish, pretrain
+    from mmssl.training.outcome import finish
+    from mmssl.training.pretrain import pretrain
 
     return finish(pretrain(recipe, resume=True))

@@ -8,6 +8,7 @@ from mmssl.registry import modality
 LOADERS = {  # keyword of the model -> what prepares its input
     "pixel_values": ("AutoImageProcessor", "image"),
     "input_values": ("AutoFeatureExtractor", "wave, sampling_rate=16_000"),
+    "input_features": ("AutoFeatureExtractor", "wave, sampling_rate=16_000"),
     "input_ids": ("AutoTokenizer", "text"),
 }
 

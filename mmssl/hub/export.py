@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from mmssl.config import Recipe
@@ -60,7 +60,7 @@ def export_encoder(
     config, kind = recipe.config(), modality(recipe.data.modality)
     native = _native(config, kind, weights)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModel.from_config(native[0]) if native else _own(config)
+        model = _class_of(native[0])(native[0]) if native else _own(config)
     named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
@@ -90,6 +90,12 @@ def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> 
     if config.stem == "small":
         return None
     return AutoConfig.for_model(**config.backbone), {name.removeprefix("model."): t for name, t in weights.items()}
+
+
+def _class_of(config: Any) -> type[PreTrainedModel]:
+    """The class of transformers for a config. Not by `from_config`, which splits a new model over ranks under ZeRO-3."""
+    found: Any = MODEL_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
 
 
 def _own(config: MmsslConfig) -> MmsslModel:
@@ -135,7 +141,8 @@ def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
 
     Models of transformers whose structure the shared transformer has run on it.
 
-    Returns: a module that takes `pixel_values | input_values | input_ids` and gives `last_hidden_state`, `pooler_output`.
+    Returns: a module that takes `pixel_values | input_values | input_ids | input_features` and gives `last_hidden_state` and
+        `pooler_output`.
     Raises: RecipeError if there is none, with the reason.
     """
     from mmssl.model import register

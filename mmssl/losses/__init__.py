@@ -1,6 +1,18 @@
 """Loss arithmetic: pure functions of tensors, at least fp32 inside, exact over ranks."""
 
 from mmssl.losses.clustering import cluster_cross_entropy, sinkhorn, swav
+from mmssl.losses.codes import (
+    code_perplexity,
+    code_scores,
+    codebook_diversity,
+    cpc,
+    feature_penalty,
+    masked_cross_entropy,
+    next_token,
+    replaced_token,
+    wav2vec2_contrastive,
+    wav2vec2_scores,
+)
 from mmssl.losses.contrastive import (
     Estimator,
     Logits,
@@ -17,7 +29,16 @@ from mmssl.losses.contrastive import (
     softmax,
 )
 from mmssl.losses.distillation import dino, predict_others, teacher_distribution
+from mmssl.losses.masked_views import MSN, ibot_tokens, ijepa, msn
 from mmssl.losses.prediction import Norm, average_layers, cosine_regression, data2vec_regression, instance_norm
+from mmssl.losses.reconstruction import (
+    gaussian_log_likelihood,
+    masked_l1,
+    masked_patch_mse,
+    masked_pixel_l1,
+    patch_normalise,
+    scaled_cosine,
+)
 from mmssl.losses.redundancy import VICReg, barlow_twins, vicreg
 from mmssl.losses.statistics import (
     AssignmentEntropy,
@@ -30,6 +51,7 @@ from mmssl.losses.statistics import (
 )
 
 __all__ = [
+    "MSN",
     "AssignmentEntropy",
     "Estimator",
     "Logits",
@@ -43,19 +65,36 @@ __all__ = [
     "batch_contrast",
     "chain",
     "cluster_cross_entropy",
+    "code_perplexity",
+    "code_scores",
+    "codebook_diversity",
     "cosine_regression",
+    "cpc",
     "data2vec_regression",
     "debiased",
     "decoupled",
     "dimensions",
     "dino",
+    "feature_penalty",
+    "gaussian_log_likelihood",
     "hard",
+    "ibot_tokens",
+    "ijepa",
     "in_batch_info_nce",
     "info_nce",
     "instance_discrimination",
     "instance_norm",
+    "masked_cross_entropy",
+    "masked_l1",
+    "masked_patch_mse",
+    "masked_pixel_l1",
+    "msn",
+    "next_token",
     "nt_xent",
+    "patch_normalise",
     "predict_others",
+    "replaced_token",
+    "scaled_cosine",
     "sinkhorn",
     "softmax",
     "swav",
@@ -64,4 +103,6 @@ __all__ = [
     "uniformity",
     "unit_std",
     "vicreg",
+    "wav2vec2_contrastive",
+    "wav2vec2_scores",
 ]

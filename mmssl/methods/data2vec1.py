@@ -19,7 +19,7 @@ from mmssl.types import Batch, Clock, StepOutput
 class Data2Vec1(Method):
     """Baevski et al. 2022, arXiv:2202.03555: regress the teacher's layers where the student's input was replaced."""
 
-    paper, family, modalities, coverage = "arXiv:2202.03555", "masked", ("vision", "speech", "text"), (19,)
+    paper, family, modalities, coverage = "arXiv:2202.03555", "masked", ("vision", "speech", "spectrogram", "text"), (19,)
     masks = True
 
     def __init__(

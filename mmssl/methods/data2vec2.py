@@ -17,8 +17,8 @@ from mmssl.types import Batch, Clock, StepOutput
 class Data2Vec2(Method):
     """Baevski et al. 2022, arXiv:2212.07525: regress the teacher's layers under several masks of each sample."""
 
-    paper, family, modalities, coverage = "arXiv:2212.07525", "masked", ("vision", "speech", "text"), (18,)
-    masks = True
+    paper, family, modalities, coverage = "arXiv:2212.07525", "masked", ("vision", "speech", "spectrogram", "text"), (18,)
+    masks = drops = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmssl.model.encoder import Encoder
 from mmssl.model.norm import is_batch_norm
 from mmssl.parts import Network, Part
-from mmssl.types import Batch, Clock, StepOutput, View
+from mmssl.types import Batch, Clock, Rebuilt, StepOutput, View
 
 # Options that the recipe checks by their type.
 Above0 = Annotated[float, Field(gt=0)]
@@ -44,6 +44,7 @@ class Method(nn.Module):
     modalities: ClassVar[tuple[str, ...]]
     coverage: ClassVar[tuple[int, ...]]  # rows of docs/coverage.md
     masks: ClassVar[bool] = False  # whether views must come with masks
+    drops: ClassVar[bool] = False  # whether hidden tokens are left out of the encoder, so that rows must hide equally many
     views: ClassVar[int] = 1  # full-size views of each sample
     crops: ClassVar[bool] = False  # whether smaller views may follow them
     slots: ClassVar[bool] = False  # whether there is state for each sample of the data set
@@ -57,6 +58,10 @@ class Method(nn.Module):
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Losses of one micro-batch."""
         raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt | None:
+        """What the method made of what it did not see of a batch; None if it does not say it in raw values or ids."""
+        return None
 
     def parts(self) -> list[Part]:
         """All parts, in the order they were named."""
@@ -136,6 +141,12 @@ def check_error(scale: float | None, beta: float) -> None:
     """Raises: ValueError if that is no factor or width of a regression error."""
     if beta < 0 or (scale is not None and scale <= 0):
         raise ValueError(f"beta: {beta} must be at least 0 and loss_scale: {scale} above 0")
+
+
+def check_raw(encoder: Encoder, ids: bool = True) -> None:
+    """Raises: ValueError if what tokens are made of cannot be a target. ids: whether it may be an id."""
+    if not hasattr(encoder.features, "raw") or (encoder.features.input_name == "input_ids" and not ids):
+        raise ValueError(f"data.modality: {encoder.modality} has no values of single tokens that could be a target")
 
 
 def check_layers(encoder: Encoder, top_k: int) -> None:

@@ -38,6 +38,9 @@ class MmsslConfig(PretrainedConfig):
         layer_drop: float = 0.0,
         layer_scale: float = 0.0,
         extra_std: float = 1.0,
+        activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = "gelu",
+        causal: bool = False,
+        norm_kind: Literal["layer", "rms"] = "layer",
         pooling: Literal["mean", "cls"] = "mean",
         backbone: dict[str, Any] | None = None,
         stem: Literal["normal", "small"] = "normal",
@@ -46,6 +49,9 @@ class MmsslConfig(PretrainedConfig):
     ):
         self.norm: Literal["post", "pre"] = norm
         self.pooling: Literal["mean", "cls"] = pooling
+        self.activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = activation
+        self.causal = causal
+        self.norm_kind: Literal["layer", "rms"] = norm_kind
         self.modality = modality
         self.stem: Literal["normal", "small"] = stem
         self.backbone, self.zero_init = backbone, zero_init

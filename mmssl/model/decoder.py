@@ -78,7 +78,7 @@ class ConvDecoder(nn.Module):
         copies = rows // len(keys)
         fillers = self._fillers(visible, mask, keys, pad)
         x = restore(self.dropout(visible), fillers, mask)
-        x = x.view(rows, *(self.grid if len(self.grid) == 2 else x.shape[1:2]), width).movedim(-1, 1)
+        x = x.view(rows, *((-1, self.grid[1]) if len(self.grid) == 2 else x.shape[1:2]), width).movedim(-1, 1)
         blank = None if pad is None else pad.repeat_interleave(copies, 0)[:, None]  # (M*B, 1, L), of sequences only
         for conv in self.convs:
             x = x if blank is None else x.masked_fill(blank, 0.0)

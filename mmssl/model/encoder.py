@@ -23,7 +23,8 @@ def features_of(modality: str):
     Such a module takes `dim` and its own options and maps View.x to (B, L, D). It has `input_name` (the model's keyword),
     `length` (L of the longest input), `grid` (shape of its tokens), `normed` (whether they come with norm and dropout),
     `mask_id` (the input that stands for a hidden token; None where features are replaced instead), `positions(heads, extra)`
-    (see `positions.py`) and, where inputs can be padded, `pad(attention_mask)`.
+    (see `positions.py`) and, where inputs can be padded, `pad(attention_mask)`. Where a token's own input can be a target, it
+    has `raw(x)`, (B, L, n) values or (B, L) ids, and `raw_width`, how many values n or how many different ids.
     """
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
@@ -57,6 +58,8 @@ class Encoder(nn.Module):
         super().__init__()
         if pooling == "cls" and not transformer.extra_tokens:
             raise ValueError("pooling: 'cls' needs extra_tokens of at least 1")
+        if pooling == "cls" and transformer.causal:
+            raise ValueError("pooling: 'cls' sees only itself where causal=true; set it to mean")
         self.features, self.positions, self.transformer = features, positions, transformer
         self.modality, self.pooling, self.dim = modality, pooling, features.dim
         self.input_name: str = features.input_name
@@ -84,12 +87,15 @@ class Encoder(nn.Module):
             config.layer_scale,
             config.extra_std,
             getattr(kind, "normed", False),
+            config.activation,
+            config.causal,
+            config.norm_kind,
         )
         features: Any = kind(dim=config.hidden_size, **options)
         positions = features.positions(config.heads, config.extra_tokens)
         encoder = cls(features, positions, transformer, config.modality, config.pooling)
         encoder.config = config
-        encoder.transformer.apply(_init_linear)
+        encoder.transformer.apply(init_linear)
         return encoder
 
     def forward(self, view: View, mask: Mask | None = None, collect: Literal["ffn", "block"] | None = None) -> Encoded:
@@ -106,16 +112,18 @@ class Encoder(nn.Module):
         mask: Mask | None = None,
         collect: Literal["ffn", "block"] | None = None,
         pad: Tensor | None = None,
+        attend: Tensor | None = None,
     ) -> Encoded:
         """Positions, visible tokens, transformer: the part of the pass that depends on the mask.
 
         Args:
             features: (B, L, D).  pad: (B, L) bool, True = padding.
+            attend: (B, L) bool, True = token that others attend to; all of them if None. For whole views.
         """
         extra = self.transformer.extra_tokens
         tokens, bias = self.positions(features, mask, pad)
         pad = take_pad(pad, mask)
-        x, layers = self.transformer(tokens, collect, attention_bias(bias, pad, extra))
+        x, layers = self.transformer(tokens, collect, attention_bias(bias, pad, extra, attend))
         return Encoded(x[:, extra:], x[:, 0] if extra else None, tuple(layer[:, extra:] for layer in layers), pad)
 
     def inspect(self, view: View) -> tuple[Tensor, Tensor]:
@@ -150,7 +158,8 @@ def middle(tokens: Tensor, pad: Tensor | None) -> Tensor:
     return (~pad).sum(1) // 2
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Weights of a linear layer from N(0, 0.02), biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

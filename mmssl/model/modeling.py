@@ -38,6 +38,7 @@ class MmsslModel(PreTrainedModel):
         pixel_values: Tensor | None = None,
         input_values: Tensor | None = None,
         input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pad: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -47,15 +48,16 @@ class MmsslModel(PreTrainedModel):
         """Encode.
 
         Args:
-            pixel_values: (B, C, H, W); or input_values (B, samples) or input_ids (B, L), whichever the modality takes.
-            attention_mask: 1 = valid, 0 = padding, of the shape of input_values or input_ids.
+            pixel_values: (B, C, H, W); or input_values (B, samples), input_ids (B, L) or input_features (B, T, F): what the
+                modality takes.
+            attention_mask: 1 = valid, 0 = padding, of samples, ids or frames.
             pad: (B, L) bool, True = padding, of tokens or frames; instead of attention_mask.
         Returns: last_hidden_state (B, E + L, D) with extra tokens first, or the map (B, D, H, W) of a backbone that makes
             one; pooler_output (B, D).
         Raises: ValueError if the input of this model's modality is missing.
         """
         given = {"pixel_values": pixel_values, "input_values": input_values, "input_ids": input_ids}
-        x = given[self.main_input_name]
+        x = (given | {"input_features": input_features})[self.main_input_name]
         if x is None:
             raise ValueError(f"This model takes {self.main_input_name}.")
         layers = bool(output_hidden_states)

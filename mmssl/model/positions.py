@@ -31,6 +31,17 @@ def take(tokens: Tensor, mask: Mask | None) -> Tensor:
     return tokens.reshape(samples * length, dim).index_select(0, (mask.keep + first[:, None]).flatten()).view(rows, kept, dim)
 
 
+def take_at(x: Tensor, places: Tensor) -> Tensor:
+    """What is at given places of each row.
+
+    Args:
+        x: (B, L, ...), one row a sample.  places: (M*B, n) int64, the M rows of a sample adjacent.
+    Returns: (M*B, n, ...).
+    """
+    rows = torch.arange(len(x), device=x.device).repeat_interleave(len(places) // len(x))
+    return x[rows[:, None], places]
+
+
 def take_pad(pad: Tensor | None, mask: Mask | None) -> Tensor | None:
     """Which of the visible tokens are padding. pad: (B, L) -> (M*B, L_visible); None stays None."""
     if pad is None or mask is None:
@@ -210,15 +221,89 @@ class ConvPositions(nn.Module):
         return take(tokens, mask) + code, bias
 
 
-def attention_bias(bias: Tensor | None, pad: Tensor | None, extra: int) -> Tensor | None:
+def attention_bias(bias: Tensor | None, pad: Tensor | None, extra: int, attend: Tensor | None = None) -> Tensor | None:
     """What attention adds, with padding hidden as keys.
 
     Args:
         bias: additive, (R or 1, H, E + L, E + L), or None.
         pad: (R, L) bool, True = padding, or None.
-    Returns: additive bias, -inf at padding; or bool (R, 1, 1, E + L), True = attend, if there is no bias; or None.
+        attend: (R, L) bool, the tokens that are keys, True = attend, or None for all.
+    Returns: additive bias, -inf at what is hidden; or bool (R, 1, 1, E + L), True = attend, if there is no bias; or None.
     """
-    if pad is None:
+    hide = pad if attend is None else ~attend if pad is None else pad | ~attend
+    if hide is None:
         return bias
-    hide = F.pad(pad, (extra, 0))[:, None, None]  # extra tokens are never padding
+    hide = F.pad(hide, (extra, 0))[:, None, None]  # extra tokens are always keys
     return ~hide if bias is None else bias.masked_fill(hide, -math.inf)
+
+
+class WeightNormConv(nn.Module):
+    """A grouped convolution whose weight has a learned length at each tap, over all channels (arXiv:1602.07868).
+
+    (B, D, L) -> (B, D, L), or L + 1 frames if the kernel is even. The weight is made in forward, where its parameters may be
+    read; torch's parametrisation reads them elsewhere, which sharded ones do not survive.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int):
+        super().__init__()
+        self.groups, self.padding = groups, kernel // 2
+        self.v = nn.Parameter(torch.empty(dim, dim // groups, kernel).normal_(std=math.sqrt(4 / (kernel * dim))))
+        self.g = nn.Parameter(self._lengths().detach().to(self.v.dtype))  # (1, 1, K)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with zeros on both sides."""
+        weight = self.v * (self.g / self._lengths())
+        return F.conv1d(x, weight.to(self.v.dtype), self.bias, padding=self.padding, groups=self.groups)
+
+    def _lengths(self) -> Tensor:
+        """(1, 1, K), fp32 or higher: each is a sum over tens of thousands of squares."""
+        wide = torch.promote_types(self.v.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.v, dim=(0, 1), keepdim=True, dtype=wide)
+
+
+class SingleConvPositions(nn.Module):
+    """One wide grouped convolution and GELU, whose output is added to the features (arXiv:2006.11477, section 2).
+
+    It sees padding as zeros, and masked frames too where the transformer does not see them.
+    """
+
+    def __init__(self, dim: int, kernel: int, groups: int, bias: Alibi | None = None):
+        super().__init__()
+        self.conv, self.bias = WeightNormConv(dim, kernel, groups), bias
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Add positions, then keep what is visible; biases of those pairs."""
+        x = tokens if pad is None else tokens.masked_fill(pad[..., None], 0.0)
+        if mask is not None:
+            x = x.repeat_interleave(len(mask.hidden) // len(x), 0).masked_fill(mask.hidden[..., None], 0.0)
+        code = F.gelu(self.conv(x.transpose(1, 2))[..., : tokens.shape[1]]).transpose(1, 2)  # an even kernel gives one too many
+        bias = None if self.bias is None else self.bias(tokens.shape[1], None if mask is None else mask.keep)
+        return take(tokens, mask) + take(code, mask), bias
+
+
+class Learned2d(nn.Module):
+    """A learned vector for each place of a grid, as in ViT (arXiv:2010.11929). Extra tokens have none.
+
+    Another number of tokens is a square image of another size: the grid is interpolated, bicubic, with its corners where they
+    are in the image.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int], std: float = 0.02):
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim).normal_(std=std))
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, None]:
+        """Add positions, then keep what is visible."""
+        return take(tokens + self._table(tokens.shape[1]).to(tokens.dtype), mask), None
+
+    def _table(self, length: int) -> Tensor:
+        """(1, L, D) for that many tokens."""
+        if length == self.table.shape[1]:
+            return self.table
+        side = math.isqrt(length)
+        if side * side != length:
+            raise ValueError(f"image_size: {length} patches form no square, which positions of another image size need")
+        grid = self.table.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from mmssl.model.attention import Attention
 
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick"]  # by the error function, nearly, roughly
+NormKind = Literal["layer", "rms"]  # rms: neither means nor offsets, arXiv:1910.07467
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 WIDEST, DEEPEST = 1 << 17, 1024  # a typing error must not ask for a petabyte
 
 
@@ -27,12 +31,23 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.rate)
 
 
+class QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x), as in image GPT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu_quick": QuickGelu}
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear. (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, activation: Activation = "gelu"):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen, bend, narrow."""
@@ -65,12 +80,15 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float = 0.0,
+        activation: Activation = "gelu",
+        causal: bool = False,
+        norm_kind: NormKind = "layer",
     ):
         super().__init__()
         self.pre = norm == "pre"
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, heads, dropout, attention_dropout)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.norm1, self.norm2 = NORMS[norm_kind](dim, eps), NORMS[norm_kind](dim, eps)
+        self.attn = Attention(dim, heads, dropout, attention_dropout, causal)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), activation)
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.scale1, self.scale2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
@@ -125,8 +143,15 @@ class Transformer(nn.Module):
         layer_scale: float = 0.0,
         extra_std: float = 1.0,
         normed: bool = False,
+        activation: Activation = "gelu",
+        causal: bool = False,
+        norm_kind: NormKind = "layer",
     ):
         super().__init__()
+        if causal and extra_tokens > 1:
+            raise ValueError(
+                f"extra_tokens: {extra_tokens}, with causal=true at most 1, from which the first token is predicted"
+            )
         if dim < 1 or depth < 1 or heads < 1 or prenet_depth < 0 or extra_tokens < 0:
             raise ValueError("hidden_size, depth and heads must be at least 1, prenet_depth and extra_tokens at least 0")
         if max(dim, extra_tokens, dim * mlp_ratio) > WIDEST or depth + prenet_depth > DEEPEST:
@@ -147,14 +172,15 @@ class Transformer(nn.Module):
             raise ValueError(f"mlp_ratio: {mlp_ratio} leaves the MLP without a hidden unit")
         total = prenet_depth + depth
         rates = [drop_path * i / max(total - 1, 1) for i in range(total)]
-        blocks = [Block(dim, heads, mlp_ratio, norm, eps, dropout, attention_dropout, rate, layer_scale) for rate in rates]
+        options = (mlp_ratio, norm, eps, dropout, attention_dropout)
+        blocks = [Block(dim, heads, *options, rate, layer_scale, activation, causal, norm_kind) for rate in rates]
         normed = normed and not prenet_depth
-        self.extra_tokens, self.layer_drop = extra_tokens, layer_drop
+        self.extra_tokens, self.layer_drop, self.causal = extra_tokens, layer_drop, causal
         self.extra = ExtraTokens(extra_tokens, dim, extra_std) if extra_tokens else nn.Identity()
-        self.input_norm = nn.LayerNorm(dim, eps) if norm == "post" and not normed else nn.Identity()
+        self.input_norm = NORMS[norm_kind](dim, eps) if norm == "post" and not normed else nn.Identity()
         self.input_dropout = nn.Dropout(0.0 if normed else input_dropout)
         self.prenet, self.blocks = nn.ModuleList(blocks[:prenet_depth]), nn.ModuleList(blocks[prenet_depth:])
-        self.norm = nn.LayerNorm(dim, eps) if norm == "pre" else nn.Identity()
+        self.norm = NORMS[norm_kind](dim, eps) if norm == "pre" else nn.Identity()
 
     def forward(
         self, x: Tensor, collect: Literal["ffn", "block"] | None = None, bias: Tensor | None = None

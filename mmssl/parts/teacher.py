@@ -176,7 +176,7 @@ class Teacher(Part):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
-        twin = Teacher.__new__(Teacher)
+        twin = type(self).__new__(type(self))
         nn.Module.__init__(twin)
         memo[id(self)] = twin
         twin.momentum, twin.lag, twin.shares, twin.copied, twin.kept = (

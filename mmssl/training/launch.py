@@ -6,15 +6,19 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe
 from mmssl.data.sampler import check_batch
+from mmssl.distributed import all_sum
 from mmssl.errors import RecipeError
+
+T = TypeVar("T")
 
 DDP_SECONDS = 4 * 3600  # the main process may tokenise a corpus, or read all headers, while the others wait
 
@@ -94,6 +98,22 @@ def import_deepspeed() -> None:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def main_first(make: Callable[[], T], args: TrainingArguments) -> T | None:
+    """What `make` makes on the main process, None on the others, which wait for it; its error reaches all ranks."""
+    error, made = None, None
+    if args.process_index == 0:
+        try:
+            made = make()
+        except Exception as problem:  # whatever it is, the other ranks must hear of it
+            error = problem
+    failed = float(all_sum(torch.tensor(float(error is not None), device=args.device)))
+    if error is not None:
+        raise error
+    if failed:
+        raise RecipeError("The main process could not prepare the run; its message says why.")
+    return made
 
 
 def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:

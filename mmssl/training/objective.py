@@ -66,7 +66,12 @@ class Objective(nn.Module):
             nn.init.zeros_(self.probe.bias)
 
     def forward(
-        self, tensors: dict[str, Tensor], keys: Sequence[int] = (), clock: Clock | None = None, describe: bool = False
+        self,
+        tensors: dict[str, Tensor],
+        keys: Sequence[int] = (),
+        clock: Clock | None = None,
+        describe: bool = False,
+        rebuild: bool = False,
     ) -> dict[str, Tensor]:
         """Losses, or without a clock the embeddings of the first view.
 
@@ -76,10 +81,14 @@ class Objective(nn.Module):
         Returns: `total`, the scalar to differentiate; `loss`, the method's sum; `loss/<part>`, `health/<metric>`.
             Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, and, with a
             probe, `logits` (B, classes). With `describe`: only `described` (B, F), see `Method.describe`.
+            With `rebuild`: only the fields of `Rebuilt`, see `Method.rebuild`.
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
         if describe:
             return {"described": self.method.describe(batch.views[0]).float()}
+        if rebuild:
+            found = self.method.rebuild(batch, clock or Clock())
+            return {} if found is None else found._asdict()
         if clock is None:
             embedding, local = self.method.student.encoder.inspect(batch.views[0])
             out = {"embedding": embedding.float(), "local": local.float()}

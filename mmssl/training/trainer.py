@@ -346,6 +346,7 @@ class SelfSupervisedTrainer(Trainer):
                     f"health/{name} is {value:.4g} at step {line['step']}, below the {least:g} of watch.guard: the run has "
                     "collapsed, or is about to. Lower optim.lr, raise method.momentum or take a larger train.global_batch, and "
                     "judge by the probes; watch.guard={} turns the guard off. The last checkpoint is kept."
+                    + "".join(f" The method says: {found}." for found in self.objective.method.judge(line))
                 )
 
     def _emit(self, line: dict[str, Any]) -> None:

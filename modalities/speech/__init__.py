@@ -7,6 +7,9 @@ from modalities.speech.processor import plain_views, processor
 from modalities.speech.views import SpeechViews
 
 MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
+# Of wav2vec 2.0 and HuBERT.
+BASE = {**MODEL, "alibi": False, "positions": "single", "position_kernel": 128, "conv_norm": "group"}
+SPANS = {"kind": "span", "ratio": 0.65, "width": 10, "copies": 1}
 JOINT = ("simclr", "byol", "barlow_twins", "vicreg", "swav", "dino")
 DEFAULTS = {
     "data2vec2": {
@@ -25,6 +28,13 @@ DEFAULTS = {
         "model": {**MODEL, "alibi": False},
         "method": {"mask_start": "uniform", "teacher_features": "share", "teacher_positions": "copy"},
         "views": {"mask": {"kind": "span", "ratio": 0.65, "width": 10, "copies": 1}},
+    },
+    "wav2vec2": {"model": BASE, "views": {"normalise": False, "mask": SPANS}},
+    "hubert": {"model": BASE, "views": {"normalise": False, "mask": {**SPANS, "ratio": 0.8}}},
+    # Nothing may see what is to come: no kernel over several frames, no mean over time.
+    "cpc": {
+        "model": {**MODEL, "norm": "pre", "causal": True, "position_layers": 1, "position_kernel": 1},
+        "views": {"normalise": False, "longest": 1.28, "shortest": 1.28},
     },
 }
 # Short crops: the shortest sample of an update is as long as its views, and longer ones give two that hardly overlap.

@@ -62,6 +62,7 @@ class SpeechViews:
         self.longest: Any = round(longest * RATE)
         self.shortest = round(shortest * RATE)
         self.frames, self.normalise, self.mask = features.frames, normalise, mask
+        self.repeats = getattr(features, "conv_norm", "layer") == "group"  # see `plain`
         if self.frames(self.longest) < 2:
             raise ValueError(f"longest: {longest} s gives {self.frames(self.longest)} frames, at least 2 are needed")
         self.kinds, self.count = one_by_one(crops)
@@ -175,10 +176,16 @@ class SpeechViews:
         return torch.cat([_unmasked(row, fewest, generator(seed, "equal")) for row, seed in zip(rows, seeds)])
 
     def plain(self, samples: Sequence[Tensor]) -> View:
-        """Whole samples, of longer ones the middle `longest`; zeros at the end up to the longest of the batch."""
+        """Whole samples, of longer ones the middle `longest`; zeros at the end up to the longest of the batch.
+
+        Group norm sees the whole row, and zeros would change all of it: for such features a sample is repeated instead, which
+        leaves its statistics nearly as they are.
+        """
         waves = [_middle(self._normalised(sample), self.longest) for sample in samples]
         frames = torch.tensor([self.frames(len(wave)) for wave in waves])
         pad = torch.arange(int(frames.max())) >= frames[:, None]
+        longest = max(len(wave) for wave in waves)
+        waves = [wave.repeat(-(-longest // len(wave)))[:longest] for wave in waves] if self.repeats else waves
         x = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         return View(x, "speech", pad=pad if bool(pad.any()) else None)
 

@@ -3,6 +3,7 @@
 from mmssl.registry import Modality
 from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.text.features import TextFeatures
+from modalities.text.picture import draw
 from modalities.text.processor import plain_views, processor
 from modalities.text.views import TextViews, configure
 
@@ -38,6 +39,11 @@ DEFAULTS = {
         "views": {"pack": False, "mask": {"kind": "span", "ratio": 0.35, "width": 4, "copies": 1}},
     },
 }  # fmt: skip
+DEFAULTS |= {
+    name: {"model": MODEL, "views": {"mask": {"kind": "token", "ratio": 0.15, "copies": 1}}} for name in ("mlm", "electra")
+}
+DEFAULTS["mae"] = {"model": MODEL, "views": {"mask": {"ratio": 0.5, "copies": 1}}}
+DEFAULTS["causal_lm"] = {"model": MODEL | {"norm": "pre", "activation": "gelu_tanh", "causal": True}}
 # Dropout of the model makes views differ in addition, as in SimCSE, for which views.crops is `dropout`.
 DEFAULTS |= {
     name: {"model": MODEL | {"dropout": 0.1, "attention_dropout": 0.1}, "views": {"crops": "span-drop", "pack": False}}
@@ -57,4 +63,5 @@ MODALITY = Modality(
     configure,
     DEFAULTS,
     "modalities.text.convert",
+    draw,
 )

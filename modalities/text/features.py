@@ -11,9 +11,10 @@ from mmssl.model.positions import NoPositions
 
 @features_of("text")
 class TextFeatures(nn.Module):
-    """Token and learned position embeddings, layer norm, dropout, as in RoBERTa. (B, L) ids -> (B, L, D).
+    """Token and learned position embeddings, layer norm, dropout, as in RoBERTa or BERT. (B, L) ids -> (B, L, D).
 
-    Position ids begin at `pad_token_id + 1` and count tokens that are not padding; padding has the row `pad_token_id`.
+    Position ids begin at `pad_token_id + 1` and count tokens that are not padding; padding has the row `pad_token_id`. With
+    `count_padding` they begin at 0 and count all, as in BERT. Of `token_types` kinds of tokens, all are of the first.
 
     Where places are drawn as large as tokens (`position_std` 0.02), half of what an untrained network says of a token is its
     place. A teacher whose targets can be told by place alone teaches nothing else in a short run: draw them smaller.
@@ -34,6 +35,8 @@ class TextFeatures(nn.Module):
         norm_eps: float = 1e-5,
         input_dropout: float = 0.0,
         position_std: float = 0.02,
+        count_padding: bool = False,
+        token_types: int = 0,
     ):
         super().__init__()
         if vocab_size is None:
@@ -49,16 +52,33 @@ class TextFeatures(nn.Module):
             raise ValueError(f"max_tokens: {max_tokens}, must be between 3 and {1 << 20} tokens")
         if position_std < 0:
             raise ValueError(f"position_std: {position_std}, must be at least 0")
+        if not 0 <= token_types <= 1 << 10:
+            raise ValueError(f"token_types: {token_types}, must be between 0 and {1 << 10}")
         self.dim, self.vocab_size, self.pad_token_id, self.max_tokens = dim, vocab_size, pad_token_id, max_tokens
         self.bos_token_id, self.eos_token_id, self.mask_id = bos_token_id, eos_token_id, mask_token_id
         self.grid, self.length = (max_tokens,), max_tokens
         self.tokens = nn.Embedding(vocab_size, dim, pad_token_id)
-        self.places = nn.Embedding(max_tokens + pad_token_id + 1, dim, pad_token_id)
+        self.count_padding = count_padding
+        self.places = (
+            nn.Embedding(max_tokens, dim) if count_padding else nn.Embedding(max_tokens + pad_token_id + 1, dim, pad_token_id)
+        )
+        self.types = nn.Embedding(token_types, dim) if token_types else None
         self.norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(input_dropout)
         with torch.no_grad():
-            for table, std in ((self.tokens, 0.02), (self.places, position_std)):
-                table.weight.normal_(std=std)
-                table.weight[pad_token_id].zero_()
+            for table, std in ((self.tokens, 0.02), (self.places, position_std), (self.types, 0.02)):
+                if table is not None:
+                    table.weight.normal_(std=std)
+                    if table.padding_idx is not None:
+                        table.weight[table.padding_idx].zero_()
+
+    @property
+    def raw_width(self) -> int:
+        """Different ids."""
+        return self.vocab_size
+
+    def raw(self, x: Tensor) -> Tensor:
+        """(B, L) ids, as they are."""
+        return x
 
     def pad(self, attention_mask: Tensor) -> Tensor:
         """(B, L) as transformers has it, 1 = valid -> bool, True = padding."""
@@ -72,6 +92,14 @@ class TextFeatures(nn.Module):
         """Look up."""
         if x.shape[1] > self.max_tokens:
             raise ValueError(f"{x.shape[1]} tokens; the position table has {self.max_tokens} (model.max_tokens)")
+        tokens = self.tokens(x)
+        if self.types is not None:
+            tokens = tokens + self.types(torch.zeros_like(x))
+        return self.dropout(self.norm(tokens + self.places(self._place(x))))
+
+    def _place(self, x: Tensor) -> Tensor:
+        """(B, L), or (1, L) where padding counts."""
+        if self.count_padding:
+            return torch.arange(x.shape[1], device=x.device)[None]
         valid = (x != self.pad_token_id).long()
-        place = valid.cumsum(1) * valid + self.pad_token_id
-        return self.dropout(self.norm(self.tokens(x) + self.places(place)))
+        return valid.cumsum(1) * valid + self.pad_token_id

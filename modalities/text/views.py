@@ -15,19 +15,29 @@ from torch.nn import functional as F
 from mmssl.masks import spans, uniform
 from mmssl.types import Mask, Rejected, View
 from modalities.text.augment import Crop, one_by_one, view
+from modalities.text.masks import Pieces, Rounding, budget, pieces, replacing, single, whole_words, word_spans
 from modalities.text.tokenizer import TRAIN, begin_id, encode, end_id, load
 
+WORDS = {"word": whole_words, "wordspan": word_spans}
 LEAVE = "Leave out model.vocab_size, model.pad_token_id and model.mask_token_id: the tokenizer decides them."
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Which tokens to hide; the defaults are those of the text base recipe of data2vec 2.0."""
+    """Which tokens to hide; the defaults are those of the text base recipe of data2vec 2.0.
 
-    kind: Literal["uniform", "span"] = "uniform"
+    `uniform` and `span` hide as many in each row, for encoders that see visible tokens only. `token` (RoBERTa, BERT), `word`
+    (whole words) and `wordspan` (spans of whole words, SpanBERT) are for encoders that see all places, with something else in
+    the hidden ones; they hide at least one token, and no special one unless `ends`.
+    """
+
+    kind: Literal["uniform", "span", "token", "word", "wordspan"] = "uniform"
     ratio: float = 0.48
-    width: int = 4  # of spans
+    width: int = 4  # of the spans of `span`
     copies: int = 8
+    rounding: Rounding = "random"  # of ratio times tokens: by chance (RoBERTa), to the nearest (BERT), up (SpanBERT)
+    most: int | None = None  # tokens of a row that are hidden
+    ends: bool = False  # whether beginning and end of a text may be hidden, as in RoBERTa
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -61,10 +71,13 @@ class TextViews:
                 raise ValueError("mask: ratio must be above 0 and below 1, copies between 1 and 1024")
             if not 1 <= mask.width < features.max_tokens:
                 raise ValueError(f"mask.width: {mask.width}, must be between 1 and {features.max_tokens - 1} tokens")
+            if mask.most is not None and mask.most < 1:
+                raise ValueError(f"mask.most: {mask.most}, must be at least 1 token")
         self.vocab_size, self.pad_id, self.max_tokens = features.vocab_size, features.pad_token_id, features.max_tokens
         self.mask_id = features.mask_id
         self.name, self.pack, self.mask = tokenizer, pack, mask
-        self.ragged, self.longest = not pack, None if pack else features.max_tokens
+        self.replaces = mask is not None and mask.kind in ("token", *WORDS)  # masks are for encoders that see all places
+        self.ragged, self.longest = not pack or self.replaces, None if pack else features.max_tokens
         self.kinds, self.count = one_by_one(crops)
         self.crops = len(self.kinds) - self.count if self.kinds else 0
 
@@ -80,7 +93,18 @@ class TextViews:
             raise ValueError(
                 f"model.mask_token_id: {self.mask_id}, but {self.name} masks with {tokenizer.mask_token_id}. {LEAVE}"
             )
+        if self.mask is not None and self.mask.kind in WORDS:
+            known = _known(tokenizer)
+            if not bool((known.opens & ~known.special).any()):
+                raise ValueError(
+                    f"views.mask.kind: {self.mask.kind}, but pieces of {self.name} do not tell where words begin; take token"
+                )
         return tokenizer
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """What the masks must know of each token."""
+        return _known(self.tokenizer)
 
     def __call__(
         self, sample: str | np.ndarray, draw: Callable[[int], torch.Generator], length: int | None = None
@@ -92,7 +116,7 @@ class TextViews:
             length: not used, since text is padded rather than cut.
         Returns: x (n,) int64, and the seed () int64 of its masks. Where `crops` is given, the names of view i begin with `i.`,
             and its record is beside them; all views are of one window.
-        Raises: Rejected if the text has no token.
+        Raises: Rejected if the text has no token, or none that could be hidden.
         """
         first = draw(0)
         ids, begun = self._ids(sample), 0
@@ -100,6 +124,8 @@ class TextViews:
             room = self.max_tokens - 2
             begun = int(torch.randint(len(ids) - 1 - room, (), generator=first))
             ids = torch.cat([ids[:1], ids[1 + begun : 1 + begun + room], ids[-1:]])
+        if self.replaces and bool(self.pieces.special[ids].all()):
+            raise Rejected("empty", "special tokens only")
         if not self.kinds:
             return {"x": ids, "seed": _seed(first)}
         closed = isinstance(sample, str) or not self.pack
@@ -152,8 +178,11 @@ class TextViews:
     def _masks(self, samples: Sequence[dict[str, Tensor]], pad: Tensor | None) -> Mask:
         """Each sample's own, from its seed, over its valid tokens."""
         draws = [torch.Generator().manual_seed(int(sample["seed"])) for sample in samples]
+        longest = max(len(sample["x"]) for sample in samples)
+        if self.replaces:
+            rows = [self._replaced(sample["x"], draw) for sample, draw in zip(samples, draws)]
+            return replacing(torch.cat([F.pad(hidden, (0, longest - hidden.shape[1])) for hidden in rows]))
         drawn = [self._hidden(len(sample["x"]), draw) for sample, draw in zip(samples, draws)]
-        longest = max(hidden.shape[1] for hidden in drawn)
         # All rows keep as many places, some of them padding. Hence a row can hide no more than another one hides and pads.
         most = min(longest - hidden.shape[1] + int(hidden[0].sum()) for hidden in drawn)
         rows = [_at_most(hidden, most, draw) for hidden, draw in zip(drawn, draws)]
@@ -166,6 +195,18 @@ class TextViews:
         if m.kind == "span":
             return spans(length, m.copies, m.ratio, min(m.width, length - 1), draw)
         return uniform(length, m.copies, m.ratio, draw)
+
+    def _replaced(self, ids: Tensor, draw: torch.Generator) -> Tensor:
+        """(M, length) bool; what could be hidden is no reason to count less of the length."""
+        m = self.mask
+        assert m is not None
+        free = torch.ones_like(ids, dtype=torch.bool) if m.ends else ~self.pieces.special[ids]
+        rows = torch.zeros(m.copies, len(ids), dtype=torch.bool)
+        for row in rows if bool(free.any()) else ():
+            number = min(budget(len(ids), m.ratio, m.rounding, draw), m.most or len(ids))
+            choose = WORDS.get(m.kind)
+            row[:] = choose(self.pieces.words(ids), free, number, draw) if choose else single(free, number, draw)
+        return rows
 
 
 def configure(model: dict[str, Any], views: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +221,11 @@ def configure(model: dict[str, Any], views: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": begin_id(tokenizer),
         "eos_token_id": end_id(tokenizer),
     }
+
+
+def _known(tokenizer: Any) -> Pieces:
+    marks = ("pad_token_id", "mask_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    return pieces(tokenizer, [getattr(tokenizer, name) for name in marks])
 
 
 def _seed(draw: torch.Generator) -> Tensor:

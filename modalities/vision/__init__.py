@@ -3,6 +3,7 @@
 from mmssl.registry import Modality
 from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw
 from modalities.vision.features import PatchFeatures
+from modalities.vision.picture import draw
 from modalities.vision.processor import plain_views, processor
 from modalities.vision.views import ImageViews
 
@@ -11,6 +12,51 @@ DEFAULTS = {
     "data2vec1": {
         "method": {"top_k": 6, "collect": "block", "each_norm": "layer", "final_norm": "layer", "beta": 2.0},
         "views": {"mask": {"kind": "rectangle", "ratio": 0.6123, "copies": 1}},
+    },
+    "mae": {"views": {"mask": {"kind": "random", "ratio": 0.75, "copies": 1}}},
+    "simmim": {"views": {"mask": {"kind": "unit", "ratio": 0.6, "width": 2, "copies": 1}}},
+    "beit": {"views": {"mask": {"kind": "rectangle", "ratio": 0.385, "copies": 1}}},
+    "cae": {"views": {"mask": {"kind": "rectangle", "ratio": 0.5, "copies": 1}}},
+    "splitmask": {"views": {"mask": {"kind": "rectangle", "ratio": 0.5, "copies": 1}}},
+    "ibot": {"model": {"pooling": "cls"}, "views": {"crops": "dino-800", "mask": {"kind": "mixed", "copies": 1}}},
+    "msn": {
+        "model": {"pooling": "cls"},
+        "views": {
+            "crops": [
+                {"count": 2, "scale": [0.3, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "grey": 0.2, "blur": 0.5},
+                {"count": 10, "size": 96, "scale": [0.05, 0.3], "jitter": [0.4, 0.4, 0.4, 0.1], "grey": 0.2, "blur": 0.5},
+            ],
+            "mask": {"kind": "random", "ratio": 0.3, "copies": 1},
+        },
+    },
+    "ijepa": {
+        "model": {"extra_tokens": 0},
+        "views": {"scale": [0.3, 1.0], "flip": 0.0, "mask": {"kind": "multiblock", "copies": 1}},
+    },
+    "sit": {"model": {"pooling": "cls"}, "views": {"crops": "dino-two-crop"}},
+    # The image itself, and a view by SimCLR's policy.
+    "aasae": {
+        "views": {
+            "crops": [
+                {"scale": [1.0, 1.0], "flip": 0.0},
+                {"jitter": [0.8, 0.8, 0.8, 0.2], "grey": 0.2, "blur": 0.5},
+            ]
+        }
+    },
+    "mp3": {"model": {"positions": "none", "extra_tokens": 0}},
+    "igpt": {
+        "model": {
+            "image_size": 32,
+            "patch_size": 1,
+            "palette": 512,
+            "positions": "learned",
+            "causal": True,
+            "norm": "pre",
+            "norm_kind": "rms",
+            "norm_eps": 1e-5,
+            "activation": "gelu_quick",
+            "extra_std": 0.02,
+        },
     },
 }
 POLICY_OF = {
@@ -43,4 +89,5 @@ MODALITY = Modality(
     plain_views,
     defaults=DEFAULTS,
     native="modalities.vision.convert",
+    draw=draw,
 )

@@ -1,101 +1,141 @@
-"""To and from the transformers class of the same structure: Data2VecVision, which is BEiT with shared relative positions."""
+"""To and from the transformers classes of the same structure: ViT, ViTMAE, and Data2VecVision, which is BEiT with shared
+relative positions.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mmssl.model.configuration import MmsslConfig
-from mmssl.model.native import fused, linears, options, renamed, split
+from mmssl.model.native import Blocks, linears, native_shape, options, own_shape, plain, stored
+from mmssl.model.positions import SinCos2d
 
-NATIVE = ("data2vec-vision",)
-QKV = ("query", "key", "value")
-
-
-def _names(depth: int) -> dict[str, str]:
-    names = {"transformer.extra.tokens": "embeddings.cls_token"}
-    names |= {"positions.table.weight": "encoder.relative_position_bias.relative_position_bias_table"}
-    names |= linears("features.proj", "embeddings.patch_embeddings.projection") | linears("transformer.norm", "layernorm")
-    for i in range(depth):
-        ours, theirs = f"transformer.blocks.{i}", f"encoder.layer.{i}"
-        names |= linears(f"{ours}.attn.proj", f"{theirs}.attention.output.dense")
-        names |= linears(f"{ours}.norm1", f"{theirs}.layernorm_before")
-        names |= linears(f"{ours}.norm2", f"{theirs}.layernorm_after")
-        names |= linears(f"{ours}.mlp.fc1", f"{theirs}.intermediate.dense")
-        names |= linears(f"{ours}.mlp.fc2", f"{theirs}.output.dense")
-        names |= {f"{ours}.scale{n}.scale": f"{theirs}.lambda_{n}" for n in (1, 2)}
-    return names
+NATIVE = ("vit", "vit_mae", "data2vec-vision")
+BLOCKS = Blocks(
+    path="encoder.layer",
+    qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    proj="attention.output.dense",
+    norm1="layernorm_before",
+    fc1="intermediate.dense",
+    fc2="output.dense",
+    norm2="layernorm_after",
+)
+NAMES = {"transformer.extra.tokens": "embeddings.cls_token"}
+NAMES |= linears("features.proj", "embeddings.patch_embeddings.projection") | linears("transformer.norm", "layernorm")
+PLACES = "embeddings.position_embeddings"
 
 
-def _attention(i: int) -> tuple[str, str]:
-    return f"transformer.blocks.{i}.attn.qkv", f"encoder.layer.{i}.attention.attention"
+def to_native(
+    config: MmsslConfig, weights: dict[str, Tensor], kind: Literal["vit", "vit_mae"] = "vit"
+) -> tuple[Any, dict[str, Tensor]] | None:
+    """A model with the same outputs for images of `image_size`; None if the encoder has another structure.
 
-
-def to_native(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
-    """A Data2VecVision model with the same outputs; None if the encoder has another structure.
-
-    Its keys have no bias; ours has no influence, since softmax does not see what all keys share.
+    Relative positions with LayerScale make a Data2VecVision, absolute ones without it a ViT, or a ViTMAE if asked for. ViT's
+    pooler, which has no counterpart, is the identity, so that `pooler_output` is cls. A ViTMAE hides patches also in use.
     """
+    extra = options(config)
+    relative, scaled = extra.positions == "relative", config.layer_scale > 0
+    if config.norm != "pre" or config.extra_tokens != 1 or relative != scaled or not plain(config):
+        return None
+    if extra.positions == "none" or extra.palette:
+        return None
+    shape = {"image_size": extra.image_size, "patch_size": extra.patch_size, "num_channels": extra.channels}
+    shape |= native_shape(config) | {"pooling": config.pooling}  # the last is ours, and read by nobody else
+    return _to_data2vec(config, shape, weights) if relative else _to_vit(config, shape, weights, kind)
+
+
+def _to_vit(
+    config: MmsslConfig, shape: dict[str, Any], weights: dict[str, Tensor], kind: Literal["vit", "vit_mae"]
+) -> tuple[Any, dict[str, Tensor]]:
+    from transformers import ViTConfig, ViTMAEConfig
+
+    found = BLOCKS.to_theirs(weights, NAMES, config.depth)
+    cls = found["embeddings.cls_token"]
+    found[PLACES] = torch.cat([torch.zeros_like(cls), weights["positions.table"]], dim=1)
+    if kind == "vit_mae":
+        return ViTMAEConfig(**shape), found
+    bias = found["layernorm.bias"]
+    found |= {"pooler.dense.weight": torch.eye(len(bias)).to(bias), "pooler.dense.bias": torch.zeros_like(bias)}
+    return ViTConfig(**shape, pooler_act="linear"), found
+
+
+def _to_data2vec(config: MmsslConfig, shape: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Its keys have no bias; ours has no influence, since softmax does not see what all keys share."""
     from transformers import Data2VecVisionConfig
 
-    extra = options(config)
-    same = config.norm == "pre" and not config.prenet_depth and config.extra_tokens == 1 and config.layer_scale > 0
-    if not same or extra.positions != "relative":
-        return None
     native = Data2VecVisionConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        intermediate_size=round(config.hidden_size * config.mlp_ratio),
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
+        **shape,
         drop_path_rate=config.drop_path,
-        layer_norm_eps=config.norm_eps,
-        image_size=extra.image_size,
-        patch_size=extra.patch_size,
-        num_channels=extra.channels,
         use_shared_relative_position_bias=True,
         layer_scale_init_value=config.layer_scale,
         use_mean_pooling=False,
         out_indices=[config.depth - 1],
     )
-    found = renamed(weights, _names(config.depth))
+    found = BLOCKS.to_theirs(weights, NAMES | _relative_names(config.depth), config.depth)
     for i in range(config.depth):
-        found |= split(weights, *_attention(i), QKV)
-        found.pop(f"{_attention(i)[1]}.key.bias")
+        found.pop(f"{BLOCKS.path}.{i}.{BLOCKS.qkv[1]}.bias")
     return native, found
 
 
 def from_native(native: Any, weights: dict[str, Tensor]) -> tuple[MmsslConfig, dict[str, Tensor]] | None:
-    """The shared transformer with the outputs of that Data2VecVision model; None if it is something else."""
-    if native.model_type not in NATIVE or native.hidden_act != "gelu" or not native.use_shared_relative_position_bias:
+    """The shared transformer with the outputs of that model; None if it is something else."""
+    if native.model_type not in NATIVE or native.hidden_act != "gelu" or native.num_channels not in (1, 3):
+        return None
+    image, patch = _side(native.image_size), _side(native.patch_size)
+    if not image or not patch or image % patch:
+        return None
+    shape = own_shape(native) | {"image_size": image, "patch_size": patch, "channels": native.num_channels}
+    shape |= {"modality": "vision", "norm": "pre", "extra_tokens": 1, "pooling": getattr(native, "pooling", "mean")}
+    return (_from_data2vec if native.model_type == "data2vec-vision" else _from_vit)(native, shape, weights)
+
+
+def _from_vit(native: Any, shape: dict[str, Any], weights: dict[str, Tensor]) -> tuple[MmsslConfig, dict[str, Tensor]] | None:
+    """Our cls has no position: its own is added to it, as theirs is in every pass."""
+    if not native.qkv_bias:
+        return None
+    weights = stored(native, weights)
+    found = BLOCKS.to_ours(weights, NAMES, native.num_hidden_layers)
+    first, table = weights[PLACES].split([1, weights[PLACES].shape[1] - 1], dim=1)
+    found["transformer.extra.tokens"] = found["transformer.extra.tokens"] + first
+    found["positions.table"] = table.clone()
+    return MmsslConfig(**shape, **_kind(table, shape["image_size"] // shape["patch_size"])), found
+
+
+def _kind(table: Tensor, side: int) -> dict[str, Any]:
+    """What positions those are. Fixed ones differ by roundings between those who compute them; cosines begin with 1."""
+    scale = float(f"{float(table.max()):.6g}")
+    if table.shape[2] % 4 == 0 and scale >= 0:
+        fixed = SinCos2d(table.shape[2], (side, side), scale).table
+        if torch.allclose(table.to(fixed), fixed, rtol=0, atol=1e-6 * scale):
+            return {"positions": "sincos", "position_scale": scale}
+    return {"positions": "learned"}
+
+
+def _from_data2vec(
+    native: Any, shape: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[MmsslConfig, dict[str, Tensor]] | None:
+    if not native.use_shared_relative_position_bias or not native.layer_scale_init_value:
         return None
     if native.use_mean_pooling or native.use_absolute_position_embeddings or native.use_relative_position_bias:
         return None
-    if not native.layer_scale_init_value:
-        return None
-    config = MmsslConfig(
-        modality="vision",
-        hidden_size=native.hidden_size,
-        depth=native.num_hidden_layers,
-        heads=native.num_attention_heads,
-        mlp_ratio=native.intermediate_size / native.hidden_size,
-        norm="pre",
-        extra_tokens=1,
-        norm_eps=native.layer_norm_eps,
-        dropout=native.hidden_dropout_prob,
-        attention_dropout=native.attention_probs_dropout_prob,
-        drop_path=native.drop_path_rate,
-        input_dropout=native.hidden_dropout_prob,
-        layer_scale=native.layer_scale_init_value,
-        image_size=native.image_size,
-        patch_size=native.patch_size,
-        channels=native.num_channels,
-        positions="relative",
-    )
-    found = renamed(weights, {theirs: ours for ours, theirs in _names(config.depth).items()})
-    for i in range(config.depth):
-        ours, theirs = _attention(i)
-        found |= fused(weights | {f"{theirs}.key.bias": weights[f"{theirs}.query.bias"] * 0}, ours, theirs, QKV)
-    return config, found
+    weights, depth = stored(native, weights), native.num_hidden_layers
+    zero = torch.zeros_like(weights["layernorm.bias"])
+    weights = weights | {f"{BLOCKS.path}.{i}.{BLOCKS.qkv[1]}.bias": zero for i in range(depth)}
+    scales = {"positions": "relative", "layer_scale": native.layer_scale_init_value, "drop_path": native.drop_path_rate}
+    return MmsslConfig(**shape, **scales), BLOCKS.to_ours(weights, NAMES | _relative_names(depth), depth)
+
+
+def _relative_names(depth: int) -> dict[str, str]:
+    names = {"positions.table.weight": "encoder.relative_position_bias.relative_position_bias_table"}
+    for i in range(depth):
+        names |= {f"transformer.blocks.{i}.scale{n}.scale": f"{BLOCKS.path}.{i}.lambda_{n}" for n in (1, 2)}
+    return names
+
+
+def _side(size: Any) -> int | None:
+    """Of a square in pixels; None if it is none."""
+    sides = {size} if isinstance(size, int) else {*size}
+    return sides.pop() if len(sides) == 1 else None

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmssl.model.encoder import features_of
-from mmssl.model.positions import RelativeBias, SinCos2d
+from mmssl.model.positions import Learned2d, NoPositions, RelativeBias, SinCos2d
+
+
+class Palette(nn.Module):
+    """The learned vector of the nearest of some colours, for each pixel. (B, C, H, W) -> (B, H*W, D).
+
+    Colours are values of normalised pixels. They are not trained: a method finds them before it begins.
+    """
+
+    colours: Tensor
+
+    def __init__(self, count: int, channels: int, dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(count, dim)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.register_buffer("colours", torch.zeros(count, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up."""
+        return self.embed(self.ids(x))
+
+    def ids(self, x: Tensor) -> Tensor:
+        """(B, H*W) int64, the nearest colour of each pixel, row by row."""
+        with torch.autocast(x.device.type, enabled=False):  # nearest by few digits is another one
+            pixels = x.to(self.colours.dtype).flatten(2).transpose(1, 2)
+            return (pixels @ self.colours.T - self.colours.square().sum(1) / 2).argmax(-1)
 
 
 @features_of("vision")
@@ -15,7 +42,10 @@ class PatchFeatures(nn.Module):
     """One strided convolution over the patches of an image, row by row. (B, C, H, W) -> (B, L, D).
 
     Where positions (of size 0.7) are larger than patches are at the start, an untrained network says more of where a patch is
-    than of what it shows, and a teacher's targets can be told by place alone. A small `position_scale` helps short runs.
+    than of what it shows, and a teacher's targets can be told by place alone. A small `position_scale` helps short runs; it
+    multiplies what learned ones start from, 0.02, too.
+
+    With a `palette`, pixels are tokens and have the vector of the nearest of so many colours, as in image GPT.
     """
 
     input_name = "pixel_values"
@@ -27,8 +57,9 @@ class PatchFeatures(nn.Module):
         image_size: int = 224,
         patch_size: int = 16,
         channels: int = 3,
-        positions: Literal["sincos", "relative"] = "sincos",
+        positions: Literal["sincos", "learned", "relative", "none"] = "sincos",
         position_scale: float = 1.0,
+        palette: int = 0,
     ):
         super().__init__()
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
@@ -41,15 +72,29 @@ class PatchFeatures(nn.Module):
         self.dim, self.image_size, self.patch_size, self.channels = dim, image_size, patch_size, channels
         if position_scale < 0:
             raise ValueError(f"position_scale: {position_scale}, must be at least 0")
-        self.relative, self.position_scale = positions == "relative", position_scale
+        self.kind, self.position_scale = positions, position_scale
+        self.relative = positions == "relative"
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.length = self.grid[0] * self.grid[1]
-        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
+        if palette and (patch_size > 1 or not 2 <= palette <= 1 << 16):
+            raise ValueError(
+                f"palette: {palette} colours of patches of {patch_size} pixels, must be 2 to {1 << 16} colours of single "
+                "pixels; set model.patch_size=1, or palette=0 for none"
+            )
+        self.palette = Palette(palette, channels, dim) if palette else None
+        if self.palette is None:
+            self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
+            nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
 
     def positions(self, heads: int, extra: int) -> nn.Module:
-        """Fixed 2-D sine-cosine positions, or learned biases of the attention as in BEiT."""
-        return RelativeBias(self.grid, heads, extra) if self.relative else SinCos2d(self.dim, self.grid, self.position_scale)
+        """Fixed 2-D sine-cosine positions, learned ones as in ViT, learned biases of the attention as in BEiT, or none."""
+        if self.kind == "none":
+            return NoPositions()
+        if self.relative:
+            return RelativeBias(self.grid, heads, extra)
+        if self.kind == "learned":
+            return Learned2d(self.dim, self.grid, 0.02 * self.position_scale)
+        return SinCos2d(self.dim, self.grid, self.position_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Cut and project. Raises: ValueError unless the image is a square of whole patches."""
@@ -58,4 +103,27 @@ class PatchFeatures(nn.Module):
             raise ValueError(
                 f"image_size: an image of {height} x {width} pixels, must be a square of whole patches of {self.patch_size}"
             )
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2) if self.palette is None else self.palette(x)
+
+    @property
+    def raw_width(self) -> int:
+        """Values of a patch, or colours of the palette."""
+        return self.patch_size**2 * self.channels if self.palette is None else len(self.palette.colours)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, P*P*C) the pixels of each patch, row by row, the channels of a pixel adjacent; with a palette
+        (B, L) ids of colours.
+        """
+        if self.palette is not None:
+            return self.palette.ids(x)
+        size = self.patch_size
+        cut = x.unflatten(2, (-1, size)).unflatten(4, (-1, size))  # (B, C, rows, P, columns, P)
+        return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unraw(self, patches: Tensor) -> Tensor:
+        """The inverse of `raw`; ids become their colours."""
+        if self.palette is not None and not patches.is_floating_point():
+            patches = self.palette.colours[patches]
+        size, side = self.patch_size, math.isqrt(patches.shape[1])
+        cut = patches.view(-1, side, side, size, size, self.channels)
+        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

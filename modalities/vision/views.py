@@ -12,10 +12,20 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from mmssl.masks import blocks
+from mmssl.masks import blocks, uniform
+from mmssl.random import generator
 from mmssl.types import Mask, View
 from modalities.vision.augment import Change, Crop, check_box, check_crop, policy
-from modalities.vision.masks import rectangles
+from modalities.vision.masks import (
+    block_size,
+    block_sizes,
+    equal_context,
+    mixed,
+    multiblock,
+    rectangles,
+    units,
+    why_not_multiblock,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -24,16 +34,29 @@ ONE_CROP = ((0.2, 1.0), (3 / 4, 4 / 3), 0.5, 0.0)  # scale, aspect, flip, jitter
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """Which patches to hide; the defaults are those of the image base recipe of data2vec 2.0."""
+    """Which patches to hide; the defaults are those of the image base recipe of data2vec 2.0.
 
-    kind: Literal["block", "rectangle"] = "block"  # squares of data2vec 2, rectangles of BEiT and data2vec 1
-    ratio: float = 0.8
+    block: squares of data2vec 2.  rectangle: BEiT, data2vec 1 and CAE.  random: single patches, MAE.  unit: squares in rank
+    and file, SimMIM.  mixed: nothing or rectangles, iBOT.  multiblock: all but a large block less some blocks, which are
+    predicted one apart from the other, I-JEPA.
+    """
+
+    kind: Literal["block", "rectangle", "random", "unit", "mixed", "multiblock"] = "block"
+    ratio: float = 0.8  # of block, rectangle, random and unit
     adjust: float = 0.07  # of blocks: share drawn in addition, since they overlap
-    width: int = 3  # of blocks
+    width: int = 3  # of blocks and units: patches
     copies: int = 16
     inverse: bool = True  # of blocks: they are what is kept
-    smallest: int = 16  # of rectangles: patches
+    smallest: int = 16  # of rectangles, mixed or not: patches
     aspect: float = 0.3  # of rectangles: least height / width, the greatest is its inverse
+    share: float = 0.5  # of mixed: of the masks that hide something
+    ratios: tuple[float, float] = (0.1, 0.5)  # of mixed: what those hide is between
+    targets: int = 4  # of multiblock: blocks to predict
+    target_scale: tuple[float, float] = (0.15, 0.2)  # share of the patches in each
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # height / width
+    context_scale: tuple[float, float] = (0.85, 1.0)  # share of the patches in the large block
+    min_keep: int = 10  # patches that every block has more of, and what is left of the large one
+    published: bool = False  # leaves out the last row and column, and patches of the context from the end
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -73,30 +96,23 @@ class ImageViews:
             raise ValueError("scale, aspect, flip, jitter: each of the crops has its own; set them there, or crops=null")
         self.size, self.channels, self.grid = features.image_size, features.channels, features.grid
         self.scale, self.aspect, self.flip, self.jitter, self.mask = scale, aspect, flip, jitter, mask
+        self.replaces = mask is not None and mask.kind == "mixed"  # masks are for encoders that see all places
         self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         self.kinds = _one_by_one(crops, features)
         if self.kinds:
             self.count = sum(crop.size == self.size for crop in self.kinds)
             self.crops = len(self.kinds) - self.count
         if mask is not None:
-            share = 1 - mask.ratio if mask.inverse and mask.kind == "block" else mask.ratio
-            if not (0 < mask.ratio < 1 and 0 < math.floor(features.length * share) < features.length):
-                raise ValueError(f"mask.ratio: {mask.ratio} of {features.length} patches leaves nothing or everything visible")
-            if not 1 <= mask.copies <= 1024 or not 1 <= mask.width <= min(self.grid) or not -1 < mask.adjust < 1:
-                raise ValueError(
-                    f"mask: copies must be between 1 and 1024, width between 1 and {min(self.grid)}, adjust between -1 and 1"
-                )
-            if mask.smallest < 1 or not 0 < mask.aspect <= 1:
-                raise ValueError("mask: smallest must be at least 1 patch, aspect above 0 and at most 1")
+            _check_mask(mask, self.grid)
 
     def __call__(
         self, sample: Image.Image, draw: Callable[[int], torch.Generator], length: int | None = None
     ) -> dict[str, Tensor]:
         """The crops of an image and the masks of those of full size.
 
-        Returns: x (C, H, W) float, normalised; hidden (M, L) bool if the recipe masks. Where `crops` is given, the names of
-            view i begin with `i.`, and its record is beside them: box (4,), left, top, width and height as shares of the
-            image, and what `Change.record` tells.
+        Returns: x (C, H, W) float, normalised; if the recipe masks, hidden (M, L) bool, or seed () int64 of masks that depend
+            on the batch. Where `crops` is given, the names of view i begin with `i.`, and its record is beside them: box
+            (4,), left, top, width and height as shares of the image, and what `Change.record` tells.
         """
         image = self._in_mode(sample)
         if not self.kinds:
@@ -112,7 +128,7 @@ class ImageViews:
             x = change.finished(self._normalised(change.applied(cut, crop.order)))
             view = {"x": x, "box": torch.tensor(shares), **change.record()}
             if self.mask is not None and i < self.count:
-                view["hidden"] = self._hidden(source)
+                view |= self._hidden(source)
             tensors |= {f"{i}.{name}": tensor for name, tensor in view.items()}
         return tensors
 
@@ -123,15 +139,45 @@ class ImageViews:
         change = jittered(self.jitter, source) if self.jitter else None
         cut = self._full(image, (left, top, left + width, top + height))
         x = self._normalised(cut if change is None else change(cut), flip)
-        return {"x": x} if self.mask is None else {"x": x, "hidden": self._hidden(source)}
+        return {"x": x} if self.mask is None else {"x": x, **self._hidden(source)}
 
-    def _hidden(self, draw: torch.Generator) -> Tensor:
-        """(M, L) bool."""
+    def _hidden(self, draw: torch.Generator) -> dict[str, Tensor]:
+        """`hidden` (M, L) bool, or the `seed` of what is drawn when samples are collated."""
         m = self.mask
         assert m is not None
+        if m.kind == "multiblock":
+            return {"seed": torch.randint(2**63 - 1, (), generator=draw)}
         if m.kind == "rectangle":
-            return rectangles(self.grid, m.copies, m.ratio, m.smallest, m.aspect, draw)
-        return blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, draw, m.inverse)
+            hidden = rectangles(self.grid, m.copies, m.ratio, m.smallest, m.aspect, draw)
+        elif m.kind == "random":
+            hidden = uniform(self.grid[0] * self.grid[1], m.copies, m.ratio, draw)
+        elif m.kind == "unit":
+            hidden = units(self.grid, m.copies, m.ratio, m.width, draw)
+        elif m.kind == "mixed":
+            hidden = mixed(self.grid, m.copies, m.share, m.ratios, m.smallest, m.aspect, draw)
+        else:
+            hidden = blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, draw, m.inverse)
+        return {"hidden": hidden}
+
+    def _mask(self, hidden: Tensor | None, seeds: Tensor | None) -> Mask | None:
+        """The masks of a batch. hidden: (B, M, L) bool, True = masked.  seeds: (B,) int64, of masks yet to be drawn."""
+        m = self.mask
+        if m is None or (hidden is None and seeds is None):
+            return None
+        if hidden is not None:
+            return Mask.replacing(hidden.flatten(0, 1)) if m.kind == "mixed" else Mask.of(hidden.flatten(0, 1))
+        assert seeds is not None
+        each = seeds.tolist()
+        # The sizes are those of the first sample: on several ranks each has its own, places are the sample's on any number.
+        u = torch.rand(2, generator=generator(each[0], "sizes"), dtype=torch.float64).tolist()
+        sizes = (
+            block_size(self.grid, m.context_scale, (1.0, 1.0), u[0]),
+            block_size(self.grid, m.target_scale, m.target_aspect, u[1]),
+        )
+        rest = (m.targets, m.min_keep)
+        rows = [multiblock(self.grid, m.copies, *sizes, *rest, generator(seed, "places"), m.published) for seed in each]
+        outside, wanted = equal_context(rows, each, m.published)
+        return Mask.of(outside)._replace(wanted=wanted)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
         """Stack; the masks of a sample stay adjacent."""
@@ -139,8 +185,8 @@ class ImageViews:
         for prefix in [f"{i}." for i in range(len(self.kinds))] or [""]:
             names = [name for name in samples[0] if name.startswith(prefix)]
             own = {name.removeprefix(prefix): torch.stack([sample[name] for sample in samples]) for name in names}
-            x, hidden = own.pop("x"), own.pop("hidden", None)
-            views.append(View(x, "vision", mask=None if hidden is None else Mask.of(hidden.flatten(0, 1)), record=own))
+            x, mask = own.pop("x"), self._mask(own.pop("hidden", None), own.pop("seed", None))
+            views.append(View(x, "vision", mask=mask, record=own))
         return views
 
     def plain(self, samples: Sequence[Image.Image]) -> View:
@@ -165,6 +211,48 @@ class ImageViews:
         x = np.empty(pixels.shape, np.float32)
         np.subtract(pixels[..., ::-1] if flip else pixels, self.mean[:, None, None], out=x)
         return torch.from_numpy(np.divide(x, self.std[:, None, None], out=x))
+
+
+def _check_mask(m: MaskOptions, grid: tuple[int, int]) -> None:
+    """Whether masks can be drawn. Raises: ValueError that begins with the option."""
+    length = grid[0] * grid[1]
+    share = 1 - m.ratio if m.inverse and m.kind == "block" else m.ratio
+    if m.kind == "mixed":
+        if not (0 <= m.ratios[0] <= m.ratios[1] < 1 and m.ratios[1] * length >= 1):
+            raise ValueError(
+                f"mask.ratios: from {m.ratios[0]} to {m.ratios[1]}, must rise, stay below 1 and hide a patch or more"
+            )
+        if not 0 < m.share <= 1:
+            raise ValueError(f"mask.share: {m.share}, must be above 0 and at most 1")
+    elif m.kind != "multiblock" and not (0 < m.ratio < 1 and 0 < math.floor(length * share) < length):
+        raise ValueError(f"mask.ratio: {m.ratio} of {length} patches leaves nothing or everything visible")
+    fits = 1 <= m.width <= min(grid) or m.kind not in ("block", "unit")
+    if not 1 <= m.copies <= 1024 or not fits or not -1 < m.adjust < 1:
+        raise ValueError(f"mask: copies must be between 1 and 1024, width between 1 and {min(grid)}, adjust between -1 and 1")
+    if m.kind == "unit" and (grid[0] % m.width or m.width == min(grid)):
+        sides = [n for n in range(1, min(grid)) if min(grid) % n == 0]
+        raise ValueError(
+            f"mask.width: {m.width}, squares must divide the {grid[0]} x {grid[1]} patches; take one of "
+            f"{', '.join(map(str, sides))}"
+        )
+    if m.smallest < 1 or not 0 < m.aspect <= 1:
+        raise ValueError("mask: smallest must be at least 1 patch, aspect above 0 and at most 1")
+    if m.kind == "multiblock":
+        _check_multiblock(m, grid)
+
+
+def _check_multiblock(m: MaskOptions, grid: tuple[int, int]) -> None:
+    for name, (low, high) in {"target_scale": m.target_scale, "context_scale": m.context_scale}.items():
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"mask.{name}: from {low} to {high}, must be above 0, rise, and be at most 1")
+    if not 0 < m.target_aspect[0] <= m.target_aspect[1]:
+        raise ValueError(f"mask.target_aspect: from {m.target_aspect[0]} to {m.target_aspect[1]}, must be above 0 and rise")
+    if not 1 <= m.targets <= 64 or m.min_keep < 0:
+        raise ValueError(f"mask: targets is {m.targets}, must be between 1 and 64; min_keep is {m.min_keep}, at least 0")
+    for context in block_sizes(grid, m.context_scale, (1.0, 1.0)):
+        for target in block_sizes(grid, m.target_scale, m.target_aspect):
+            if trouble := why_not_multiblock(context, target, m.min_keep):
+                raise ValueError(trouble)
 
 
 def _one_by_one(crops: list[Crop] | str | None, features: Any) -> list[Crop]:

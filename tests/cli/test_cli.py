@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmssl import config
 from mmssl.cli import VERBS, main
 from mmssl.cli.options import describe, parse
 from mmssl.cli.status import judge
@@ -48,7 +47,7 @@ def shipped(tmp_path, monkeypatch):
     (root / "vision/a.yaml").write_text(RECIPE % name)
     (root / "vision/b.yaml").write_text(RECIPE % name)
     (root / "vision/c.yaml").write_text((RECIPE % "other").replace("96", "192"))
-    monkeypatch.setattr(config, "recipe_root", lambda: root)
+    monkeypatch.setattr("mmssl.config.reading.recipe_root", lambda: root)
     return root
 
 

@@ -1,11 +1,13 @@
-"""Reference numbers of tests/vectors/joint-embedding.json, and what several tests of losses need."""
+"""Reference numbers of tests/vectors, and what several tests of losses need."""
 
 import json
 from pathlib import Path
 
 import torch
 
-CASES = json.loads((Path(__file__).parents[1] / "vectors" / "joint-embedding.json").read_text())["cases"]
+VECTORS = Path(__file__).parents[1] / "vectors"
+CASES = json.loads((VECTORS / "joint-embedding.json").read_text())["cases"]
+MASKED = json.loads((VECTORS / "masked-prediction.json").read_text())
 
 
 def tensor(values):

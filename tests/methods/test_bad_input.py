@@ -9,7 +9,8 @@ from mmssl import losses
 from mmssl.cli import main
 from mmssl.config import Recipe
 from mmssl.errors import RecipeError
-from mmssl.training.pretrain import check_stream, prepare
+from mmssl.training.pretrain import prepare
+from mmssl.training.survey import check_stream
 
 MLP = "hidden: 16, dim: 8"
 OPTIONS = {
@@ -102,6 +103,23 @@ def test_fewer_samples_than_prototypes_are_worth_a_note(write, capsys):
     prepare(Recipe.load(*write("swav", "method.prototypes=40")))
     assert "note: method.prototypes: 40, codes are spread over the 8 samples" in capsys.readouterr().err
     prepare(Recipe.load(*write("swav", "method.prototypes=40", "method.queue=32")), overwrite=True)
+    assert "note: method.prototypes" not in capsys.readouterr().err
+
+
+def test_what_begins_after_the_end_of_the_run_is_worth_a_note(write, capsys):
+    """32 samples in batches of 8 are passes of 4 updates."""
+    prepare(Recipe.load(*write("swav", "method.queue=32", "train.steps=4")))
+    found = capsys.readouterr().err
+    assert "note: method.freeze_epochs: 1, the run has 1 passes; prototypes is never trained" in found
+    assert "note: method.queue_from_epoch: 15, the run has 1 passes; queues are never used" in found
+    prepare(Recipe.load(*write("swav", "train.steps=5")), overwrite=True)
+    assert "note" not in capsys.readouterr().err
+
+
+def test_that_accumulation_adds_nothing_to_compare_with_is_worth_a_note(write, capsys):
+    prepare(Recipe.load(*write("simclr", "train.micro_batch=4")))
+    assert "note: train.micro_batch: the loss compares the 4 samples of a micro-batch" in capsys.readouterr().err
+    prepare(Recipe.load(*write("simclr")), overwrite=True)
     assert "note" not in capsys.readouterr().err
 
 
@@ -144,6 +162,12 @@ NUMBERS = [
 def test_views_that_a_method_cannot_take_are_refused(name, more, text, write):
     with pytest.raises(RecipeError, match=text):
         Recipe.load(*write(name, more))
+
+
+@pytest.mark.parametrize("name", ["mae", "cae", "splitmask", "data2vec2"])
+def test_masks_of_unequal_size_are_refused_where_hidden_tokens_are_left_out(name):
+    with pytest.raises(RecipeError, match=rf"views\.mask\.kind: mixed may hide more of one .*{name} needs equally many"):
+        Recipe.load(f"vision/{name}-demo", "data=images", "views.mask.kind=mixed")
 
 
 @pytest.mark.parametrize(("name", "more"), NUMBERS)

@@ -8,8 +8,8 @@ import torchvision
 from torch.testing import assert_close
 from transformers import AutoModel, ConvNextConfig, ConvNextModel, PoolFormerConfig, ResNetConfig, ResNetModel
 
-from mmssl import config as recipes
-from mmssl.config import Recipe
+from mmssl import registry
+from mmssl.config import Recipe, read_yaml
 from mmssl.errors import RecipeError
 from mmssl.evaluate.probe import probe
 from mmssl.hub.export import load_encoder, load_weights
@@ -228,9 +228,9 @@ def test_other_modalities_and_methods_that_hide_tokens_are_refused(simclr):
 
 
 def test_a_method_s_defaults_for_the_shared_transformer_are_not_those_of_a_backbone(simclr, monkeypatch):
-    vision = recipes.modality("vision")
+    vision = registry.modality("vision")
     changed = vision._replace(defaults={"simclr": {"model": {"depth": 7}, "method": {"temperature": 0.3}}})
-    monkeypatch.setattr(recipes, "modality", lambda name: changed)
+    monkeypatch.setattr("mmssl.config.recipe.modality", lambda name: changed)
     recipe = simclr()
     assert recipe.method.temperature == 0.3
     assert not hasattr(recipe.model, "depth")
@@ -335,7 +335,7 @@ def test_a_run_may_start_from_a_released_model_whose_shape_it_takes(simclr, tmp_
     # Its config.yaml holds the shape, so that the run goes on without the model it came from.
     shutil.rmtree(tmp_path / "released")
     shutil.rmtree(run / "checkpoints" / "step-00000004")
-    pretrain(Recipe.check(recipes.read_yaml(run / "config.yaml")), resume=True)
+    pretrain(Recipe.check(read_yaml(run / "config.yaml")), resume=True)
     end = load_encoder(run / "model").state_dict()
     for name, parameter in released.named_parameters():
         assert_close(end[name], parameter.detach(), rtol=0, atol=1e-5)

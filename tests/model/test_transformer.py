@@ -101,7 +101,7 @@ def test_under_autocast_attention_with_distances_is_computed_in_fp32(monkeypatch
     layer, x, seen = Attention(64, 4), torch.randn(1, 600, 64), []
     bias = Alibi(4)(600).detach()
     attend = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: seen.append((a, attend(*a))) or seen[-1][1])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append((a, attend(*a, **k))) or seen[-1][1])
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x, bias)
     (arguments, found) = seen[0]

@@ -408,12 +408,12 @@ def test_samples_without_a_label_count_in_no_probe(images, tmp_path):
 
 def test_the_online_probe_never_sees_the_labels_that_it_is_measured_on(images, tmp_path):
     prepared = prepare(recipe(images / "train", tmp_path / "run"))
-    measured = set(prepared.sets.test.data.indices)
+    measured = set(prepared.probes.sets.test.data.indices)
     labels = prepared.dataset.source.labels
-    assert prepared.sets.name == "heldout"
+    assert prepared.probes.sets.name == "heldout"
     assert measured
     assert {i for i in range(len(labels)) if labels[i] < 0} == measured
-    assert not measured & set(prepared.sets.train.data.indices)
+    assert not measured & set(prepared.probes.sets.train.data.indices)
 
 
 def test_a_run_that_stays_non_finite_stops_with_status_4(images, tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import torch
 from mmssl.data.quarantine import Quarantine
 from mmssl.errors import DataError, RecipeError
 from mmssl.registry import modality
-from mmssl.training import pretrain as module
 from mmssl.training.check import check
-from mmssl.training.pretrain import Early, prepare, pretrain, survey
+from mmssl.training.pretrain import prepare, pretrain
+from mmssl.training.survey import Early, survey
 from mmssl.training.trainer import SelfSupervisedTrainer
 from modalities.vision.views import ImageViews
 
@@ -24,7 +24,7 @@ def measured(monkeypatch):
 
     def use(prepare):
         changed = modality("vision")._replace(prepare=prepare)
-        monkeypatch.setattr(module, "modality", lambda name: changed)
+        monkeypatch.setattr("mmssl.training.pretrain.modality", lambda name: changed)
 
     return use
 
@@ -124,18 +124,18 @@ def test_probes_see_all_samples_and_no_label_is_learned_that_may_have_moved(tiny
 
     measured(halved)
     moved = prepare(tiny_recipe(f"data.path={image_folder}/train"))  # no test split: a tenth is held out
-    assert (moved.dataset.source.size, len(moved.sets.train.data.source.rows)) == (16, 32)
+    assert (moved.dataset.source.size, len(moved.probes.sets.train.data.source.rows)) == (16, 32)
     assert moved.objective.probe is None
     measured(lengths)
     kept = prepare(tiny_recipe(f"data.path={image_folder}/train", f"out={moved.folder.path}-2"))
     assert kept.objective.probe is not None
-    assert kept.sets.train.data.source.lengths is None
+    assert kept.probes.sets.train.data.source.lengths is None
 
 
 @pytest.mark.parametrize("failed", [0.0, 1.0])
 def test_other_ranks_wait_for_the_main_process(tiny_recipe, measured, monkeypatch, failed):
     events = []
-    monkeypatch.setattr(module, "all_sum", lambda x: events.append("waited") or x + failed)
+    monkeypatch.setattr("mmssl.training.launch.all_sum", lambda x: events.append("waited") or x + failed)
     kind = modality("vision")._replace(prepare=lambda source, views, quarantine: events.append("prepared") or source)
     args = SimpleNamespace(process_index=1, device="cpu")
     source = SimpleNamespace(rows=[])
@@ -150,7 +150,7 @@ def test_other_ranks_wait_for_the_main_process(tiny_recipe, measured, monkeypatc
 
 def test_an_error_of_any_kind_on_the_main_process_reaches_the_others(tiny_recipe, monkeypatch):
     shared = []
-    monkeypatch.setattr(module, "all_sum", lambda x: shared.append(float(x)) or x)
+    monkeypatch.setattr("mmssl.training.launch.all_sum", lambda x: shared.append(float(x)) or x)
 
     def broken(source, views, quarantine):
         raise OSError("disk")

@@ -1,13 +1,21 @@
+import json
 import math
 import random
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mmssl.config import Recipe
-from mmssl.masks import blocks, cover
+from mmssl.masks import blocks, cover, uniform
 from mmssl.random import generator
-from modalities.vision.masks import rectangles
+from modalities.vision.augment import Crop
+from modalities.vision.features import PatchFeatures
+from modalities.vision.masks import block_size, block_sizes, grown, mixed, multiblock, rectangles, units
+from modalities.vision.views import ImageViews, MaskOptions
 
 BASE = ((14, 14), 0.8, 3, 0.07)
 LARGE = ((14, 14), 0.75, 3, 0.1)
@@ -190,3 +198,170 @@ def test_rectangles_repeat_with_their_key_and_use_no_ambient_randomness():
     assert not torch.equal(first, other)
     assert len({tuple(row.tolist()) for row in first}) == 8
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Squares in rank and file, nothing or rectangles ------------------------------------------------------------------------
+
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "masked-prediction.json").read_text())
+
+
+@pytest.mark.parametrize("row", VECTORS["simmim_mask_counts"]["rows"])
+def test_units_are_as_many_as_the_authors_and_hide_whole_squares(row):
+    side, width = row["input"] // row["model_patch"], row["mask_patch"] // row["model_patch"]
+    hidden = units((side, side), 50, 0.6, width, generator("units"))
+    assert set(hidden.sum(1).tolist()) == {row["masked_tokens"]}
+    cut = hidden.view(50, side // width, width, side // width, width).transpose(2, 3).flatten(3)
+    assert torch.equal(cut.all(3), cut.any(3))
+    assert set(cut.all(3).flatten(1).sum(1).tolist()) == {row["masked_units"]}
+
+
+@pytest.mark.parametrize("row", VECTORS["len_keep_truncation"]["rows"])
+def test_random_masks_keep_as_many_as_mae_but_never_none(row):
+    kept = (~uniform(row["L"], 20, row["ratio"], generator("mae"))).sum(1)
+    assert set(kept.tolist()) == {max(1, row["len_keep"])}
+
+
+@pytest.mark.parametrize("row", VECTORS["beit_mask_statistics"]["rows"])
+def test_rectangles_stop_short_as_often_as_those_of_the_authors(row):
+    draw = generator("short", row["target"])
+    counts = torch.stack([grown((14, 14), row["target"], 16, 0.3, draw).sum() for _ in range(1200)]).float()
+    assert abs(float(counts.mean()) - row["mean"]) < 0.15  # 5 standard errors
+    assert abs(float((counts == row["target"]).float().mean()) - row["p_exact"]) < 0.05
+    assert row["minimum"] - 5 <= float(counts.min()) <= float(counts.max()) == row["target"]
+
+
+def test_half_of_mixed_masks_hide_nothing_and_the_others_a_uniform_share():
+    hidden = mixed((14, 14), 2000, 0.5, (0.1, 0.5), 16, 0.3, generator("mixed"))
+    counts = hidden.sum(1)
+    assert abs(float((counts == 0).float().mean()) - 0.5) < 0.04
+    some = counts[counts > 0].float() / 196
+    assert float(some.min()) > 0
+    assert float(some.max()) <= 0.5
+    assert abs(float(some.mean()) - 0.29) < 0.015  # of 0.3, less what stops short
+    quarters = torch.histc(some, 4, 0.1, 0.5) / len(some)
+    assert float((quarters - 0.25).abs().max()) < 0.06
+    assert bool(mixed((8, 8), 50, 1.0, (0.1, 0.5), 4, 0.3, generator("all")).any(1).float().mean() > 0.9)
+
+
+# Several blocks ---------------------------------------------------------------------------------------------------------
+
+TARGET, CONTEXT = ((0.15, 0.2), (0.75, 1.5)), ((0.85, 1.0), (1.0, 1.0))
+
+
+@pytest.mark.parametrize("side", [8, 14, 16])
+@pytest.mark.parametrize(("name", "ranges"), [("pred", TARGET), ("enc", CONTEXT)])
+def test_blocks_have_the_sizes_of_the_authors(side, name, ranges):
+    wanted = {(h, w): share for h, w, share in VECTORS["ijepa_block_sizes"][f"{name}_{side}x{side}"]}
+    found = Counter(block_size((side, side), *ranges, i / 4000) for i in range(4001))
+    assert set(found) == set(wanted) == block_sizes((side, side), *ranges)
+    assert all(abs(found[size] / 4001 - share) < 0.01 for size, share in wanted.items())
+
+
+def test_published_places_are_those_of_the_authors_and_ours_reach_the_edge():
+    wanted, draw = VECTORS["ijepa_target_coverage"], generator("coverage")
+    count = torch.zeros(2, 196)
+    for i, published in enumerate((True, False)):
+        for _ in range(800):
+            size = block_size((14, 14), *TARGET, float(torch.rand((), generator=draw)))
+            blocks = multiblock((14, 14), 1, (13, 13), size, 4, 10, draw, published)
+            count[i].index_add_(0, blocks.wanted.flatten(), torch.ones(blocks.wanted.numel()))
+    grid = count.view(2, 14, 14) / (800 * 4)
+    assert abs(float(grid[0, 0, 0]) - wanted["p_covered_corner_0_0"]) < 0.012
+    assert abs(float(grid[0, 6, 6]) - wanted["p_covered_center_6_6"]) < 0.05
+    assert float(grid[0, 13].max()) == float(grid[0, :, 13].max()) == 0
+    assert float(grid[1, 13, 1:13].min()) > 0
+    assert abs(float(grid[1, 0, 0]) - float(grid[1, 13, 13])) < 0.01
+
+
+def image_views(side=14, crops=None, **mask):
+    features = PatchFeatures(8, image_size=side * 4, patch_size=4)
+    return ImageViews(features, mask=MaskOptions(**mask), crops=crops)
+
+
+def views_of(maker, samples):
+    image = Image.new("RGB", (40, 30))
+    return [maker(image, lambda i, sample=s: generator("sample", sample, i)) for s in samples]
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_contexts_never_hold_what_is_to_be_predicted_and_rows_are_equally_long(published):
+    maker = image_views(kind="multiblock", copies=2, published=published)
+    mask = maker.collate(views_of(maker, range(16)))[0].mask
+    rows, groups, count = mask.wanted.shape
+    assert (rows, groups) == (32, 4)
+    assert mask.keep.shape[0] == 32
+    assert 10 < mask.keep.shape[1] < 120
+    for row in range(32):
+        kept = {*mask.keep[row].tolist()}
+        assert not kept & {*mask.wanted[row].flatten().tolist()}
+        assert kept == {*(~mask.hidden[row]).nonzero().flatten().tolist()}
+        for group in mask.wanted[row]:
+            top, left = divmod(int(group[0]), 14)
+            height, width = int(group[-1]) // 14 - top + 1, int(group[-1]) % 14 - left + 1
+            assert height * width == count
+            assert group.tolist() == [r * 14 + c for r in range(top, top + height) for c in range(left, left + width)]
+    assert len({tuple(row.flatten().tolist()) for row in mask.wanted}) == 32
+
+
+def test_places_are_the_sample_s_own_and_repeat_with_their_key():
+    maker = image_views(kind="multiblock", copies=1)
+    whole = maker.collate(views_of(maker, range(6)))[0].mask
+    again = maker.collate(views_of(maker, range(6)))[0].mask
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    part = maker.collate(views_of(maker, (0, 3)))[0].mask  # sizes are the first sample's
+    assert torch.equal(part.wanted, whole.wanted[[0, 3]])
+
+
+def test_cutting_the_context_at_random_does_not_favour_the_upper_rows():
+    seen = {}
+    for published in (False, True):
+        maker = image_views(kind="multiblock", copies=1, published=published)
+        mask = maker.collate(views_of(maker, range(128)))[0].mask
+        share = (~mask.hidden).float().view(-1, 14, 14).mean(0).sum(1)
+        seen[published] = share / share.sum()
+    authors = torch.tensor(VECTORS["ijepa_context_statistics"]["row_share_batch128_grid14"])
+    assert float((seen[True] - authors).abs().max()) < 0.08  # of one batch with one size
+    assert float(seen[True][0]) > 4 * float(seen[True][11:].max())
+    assert float(seen[False][0]) < 2.5 * float(seen[False][13])
+
+
+def test_what_no_draw_could_satisfy_is_refused_at_once_and_the_hardest_rest_ends():
+    with pytest.raises(ValueError, match=r"mask\.min_keep: 10, target blocks of 3 x 3 .*at most 8"):
+        image_views(8, kind="multiblock")
+    with pytest.raises(ValueError, match=r"mask\.context_scale: a block of 5 x 5 patches without one of"):
+        image_views(8, kind="multiblock", min_keep=3, context_scale=(0.4, 0.4), target_scale=(0.35, 0.5))
+    assert image_views(8, kind="multiblock", min_keep=8) is not None
+    # Eight blocks of 6 x 6 leave hardly ever more than 12 cells of 7 x 7: they end up in one place.
+    blocks = multiblock((8, 8), 30, (7, 7), (6, 6), 8, 12, generator("hard"))
+    assert int(blocks.context.sum(1).min()) > 12
+    assert not bool(blocks.context.gather(1, blocks.wanted.flatten(1)).any())
+
+
+BAD = [
+    ({"kind": "multiblock", "target_scale": (0.2, 0.15)}, "mask.target_scale"),
+    ({"kind": "multiblock", "context_scale": (0.5, 1.2)}, "mask.context_scale"),
+    ({"kind": "multiblock", "target_aspect": (0.0, 1.0)}, "mask.target_aspect"),
+    ({"kind": "multiblock", "targets": 0}, "mask: targets is 0"),
+    ({"kind": "mixed", "ratios": (0.5, 0.1)}, "mask.ratios"),
+    ({"kind": "mixed", "ratios": (0.0, 0.001)}, "mask.ratios"),
+    ({"kind": "mixed", "share": 0.0}, "mask.share"),
+    ({"kind": "unit", "width": 3}, "mask.width: 3"),
+    ({"kind": "unit", "width": 14}, "mask.width: 14"),
+    ({"kind": "random", "ratio": 1.0}, "mask.ratio: 1.0"),
+    ({"kind": "random", "ratio": 0.001}, "mask.ratio: 0.001"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD)
+def test_masks_that_cannot_be_drawn_are_refused_by_their_key(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        image_views(**options)
+
+
+def test_mixed_masks_of_two_crops_hide_different_numbers_in_one_batch():
+    maker = image_views(8, crops=[Crop(count=2)], kind="mixed", copies=1, smallest=4)
+    views = maker.collate(views_of(maker, range(12)))
+    counts = [view.mask.hidden.sum(1) for view in views]
+    assert all(len(set(one.tolist())) > 2 for one in counts)
+    assert not torch.equal(*counts)
+    assert all(view.mask.count == 0 for view in views)  # the encoder sees every place

@@ -333,15 +333,21 @@ def test_the_plain_view_does_not_depend_on_the_crops():
 
 
 def test_each_method_begins_with_the_views_it_takes():
-    multi, single = {"swav", "deepcluster_v2", "sela_v2", "dino"}, {"deepcluster", "instance_discrimination"}
+    multi, single = {"swav", "deepcluster_v2", "sela_v2", "dino", "ibot", "msn"}, {"deepcluster", "instance_discrimination"}
     seen = set()
     for method, blocks in DEFAULTS.items():
-        if "crops" in blocks["views"]:
-            views = ImageViews(features(), **blocks["views"])
+        if "crops" in blocks.get("views", {}):
+            given = dict(blocks["views"])  # as YAML has it; the recipe makes options of it
+            if "mask" in given:
+                given["mask"] = MaskOptions(**given["mask"])
+            if isinstance(given["crops"], list):
+                given["crops"] = [Crop(**crop) for crop in given["crops"]]
+            views = ImageViews(features(size=224, patch=16), **given)
             assert views.count == (1 if method in single else 2)
             assert (views.crops > 0) == (method in multi)
             seen.add(method)
     others = {"simclr", "simclr_v2", "moco_v1", "moco_v2", "moco_v3", "byol", "simsiam", "barlow_twins", "vicreg"}
+    others |= {"sit", "aasae"}
     assert seen == multi | single | others
 
 

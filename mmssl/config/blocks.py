@@ -1,0 +1,175 @@
+"""The blocks of a recipe that are the same for every method and kind of data, each option with its meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Options(BaseModel):
+    """A block of the recipe. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class DataOptions(Options):
+    """What to learn from."""
+
+    path: str | None = Field(None, description="Folder, table (parquet, csv, jsonl) or Hub data set id.")
+    modality: str = Field(description="Kind of data; `mmssl list modalities` shows them.")
+    split: str = Field("train", description="Sub-folder, file prefix or Hub split to train on.")
+    column: str | None = Field(None, description="Column that holds the data; found by name if unset.")
+    label: str | None = Field(None, description="Column of class labels for probes only; found by name if unset.")
+    root: str | None = Field(None, description="Folder that names in a table are relative to; the table's own if unset.")
+    config: str | None = Field(None, description="Configuration name of a Hub data set.")
+    revision: str | None = Field(None, description="Commit of a Hub data set.")
+    streaming: bool = Field(False, description="Read a table or Hub data set without downloading it whole.")
+    readers: int = Field(8, ge=1, description="Independent readers of a stream for each rank; a multiple of `workers`.")
+    block: int = Field(1024, ge=1, description="Rows of a stream that are shuffled together.")
+    limit: int | None = Field(None, ge=1, description="Use only this many samples, spread evenly.")
+    buckets: int = Field(16, ge=1, description="Groups of samples of like length that are batched together.")
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="Audio samples (speech) or tokens (text documents) in a micro-batch; train.micro_batch times the longest "
+        "view if unset.",
+    )
+    workers: int = Field(2, ge=0, description="Processes for each rank that decode and augment.")
+    max_bad: float = Field(0.001, ge=0, le=1, description="Share of unreadable samples above which the run stops.")
+    min_bad: int = Field(100, ge=0, description="Unreadable samples that are always tolerated; 0 with max_bad=0 is strict.")
+
+
+class OptimOptions(Options):
+    """How weights change."""
+
+    name: Literal["adamw", "sgd", "lars", "larc"] = Field(
+        "adamw", description="lars and larc, apex's relative (SwAV), adapt the parameters that decay; not under DeepSpeed."
+    )
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    scale: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="Multiply lr and bias_lr by N/256 or by sqrt(N/256), N being train.global_batch."
+    )
+    bias_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak rate of parameters of at most one dimension. The 0.0048 of Barlow Twins was tuned to gradients that "
+        "its 32 ranks made 32 times too small, which only shows where a step is not adapted: with exact ones it is 0.00015.",
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="adamw only."
+    )
+    eps: float = Field(1e-8, gt=0, description="adamw only.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd, lars and larc.")
+    nesterov: bool = Field(False, description="sgd only.")
+    trust: float = Field(1e-3, gt=0, description="lars and larc: share of its length that a tensor may move at a rate of 1.")
+    variant: Literal["outside", "classic", "popular", "paper"] = Field(
+        "outside",
+        description="lars only. outside: the rate multiplies the momentum buffer (BYOL, Barlow Twins, VICReg, MoCo v3, DINO); "
+        "classic: it is inside (SimCLR); popular: trust by the length of the buffer; paper: inside, and a sum of lengths.",
+    )
+    trust_clip: bool = Field(False, description="larc only: no step is longer than that of plain SGD.")
+    weight_decay: float = Field(0.05, ge=0, description="Decoupled in adamw, part of the gradient in the others.")
+    weight_decay_end: float | None = Field(
+        None, ge=0, description="Where half a cosine over the run takes the weight decay (DINO: from 0.04 to 0.4)."
+    )
+    decay: Literal["matrices", "above_1d", "all"] = Field(
+        "matrices",
+        description="What decays: weights of linear, convolutional and embedding layers; whatever has two dimensions or more "
+        "and is no bias (DINO, Barlow Twins, VICReg, MoCo v3 with LARS); everything (data2vec, MoCo, SimSiam, SwAV).",
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="Parts of the method, such as `student.projector`, that do not decay in any case."
+    )
+    steady: list[str] = Field(
+        default_factory=list, description="Parts of the method, such as `predictor` (SimSiam), whose rate stays at the peak."
+    )
+    warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
+    warmup_from: float | None = Field(
+        None,
+        ge=0,
+        description="Rate of the first update, not scaled; the last one of the warm-up then has the peak (SwAV, DINO). If "
+        "unset, the first has 0 and the one after the warm-up the peak (SimCLR, BYOL).",
+    )
+    hold: int = Field(0, ge=0, description="Updates at the peak after the warm-up.")
+    fall: Literal["cosine", "exponential", "steps", "none"] = Field(
+        "cosine", description="By half a cosine, by equal factors, to a tenth at each of fall_at, or not at all."
+    )
+    fall_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list, validate_default=True, description="With fall=steps: shares of the run, such as [0.6, 0.8]."
+    )
+    lr_end: float | None = Field(
+        None,
+        ge=0,
+        description="Rate at the end, not scaled; if unset, 0 after a cosine and a hundredth of the peak after an exponential.",
+    )
+    by: Literal["step", "epoch"] = Field(
+        "step", description="epoch: the rate is constant in each epoch (MoCo, SimSiam); warmup and hold are then epochs."
+    )
+    clip: float = Field(0.0, ge=0, description="Largest global gradient norm; 0 = no clipping.")
+    clip_each: float = Field(0.0, ge=0, description="Largest gradient norm of each single parameter (DINO); 0 = no clipping.")
+
+    @field_validator("nesterov", "variant", "trust_clip", "warmup_from", "fall_at", "lr_end", "clip_each")
+    @classmethod
+    def _agrees(cls, value: Any, info: Any) -> Any:
+        """Whether a key has something to act on, and contradicts none of those above it."""
+        given = info.data
+        name, fall = given.get("name"), given.get("fall")
+        if info.field_name == "nesterov" and value and (name != "sgd" or not given.get("momentum")):
+            raise ValueError("Nesterov's momentum is for optim.name=sgd with optim.momentum above 0; leave it out")
+        if info.field_name == "variant" and value != "outside" and name != "lars":
+            raise ValueError(f"{value} is a variant of lars, optim.name is {name}; leave it out or set optim.name=lars")
+        if info.field_name == "trust_clip" and value and name != "larc":
+            raise ValueError(f"is for larc, optim.name is {name}; leave it out or set optim.name=larc")
+        if info.field_name == "warmup_from" and value is not None and not given.get("warmup"):
+            raise ValueError(f"{value}, but there is no warm-up; set optim.warmup or leave it out")
+        if info.field_name == "fall_at" and bool(value) != (fall == "steps"):
+            raise ValueError(f"{value}, optim.fall is {fall}; give shares, such as [0.6, 0.8], with optim.fall=steps only")
+        if info.field_name == "lr_end" and value is not None:
+            if fall in ("steps", "none"):
+                raise ValueError(f"{value}, but with optim.fall={fall} the end follows from optim.lr; leave it out")
+            if fall == "exponential" and not value:
+                raise ValueError("0, which equal factors never reach; give a rate above 0 or set optim.fall=cosine")
+        if info.field_name == "clip_each" and value and given.get("clip"):
+            raise ValueError("optim.clip is set too; clip by the norm of all gradients or by each parameter's own, not both")
+        return value
+
+
+class TrainOptions(Options):
+    """How long, how much at once, in which precision."""
+
+    steps: int | None = Field(None, ge=1, strict=True, description="Optimizer updates.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data, instead of steps.")
+    global_batch: int = Field(256, ge=1, description="Samples of one update, over all ranks and micro-batches.")
+    micro_batch: int | None = Field(None, ge=1, description="Samples on a device at once; all of a rank's share if unset.")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast: weights stay fp32.")
+    device: Literal["auto", "cpu"] = "auto"
+    compile: bool = Field(False, description="torch.compile on each transformer block.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; torch's default if unset.")
+    log_every: int = Field(10, ge=1, description="Updates between lines of metrics.jsonl.")
+    max_skips: int = Field(3, ge=0, description="Non-finite updates in a row after which the run stops.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class WatchOptions(Options):
+    """Whether it works: probes on held-out data, if there are labels."""
+
+    every: int = Field(500, ge=0, description="Updates between probes; 0 = only at the end.")
+    path: str | None = Field(None, description="Labelled data for the probes; data.path if unset.")
+    train: str = Field("train", description="Split whose samples are the memory of the probes.")
+    test: str = Field("test", description="Split that is classified; a tenth of `train` is held out if it does not exist.")
+    samples: int = Field(5000, ge=20, description="At most this many samples of each split.")
+    neighbours: int = Field(20, ge=1)
+    linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
+    guard: dict[str, float] = Field(
+        default_factory=dict, description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops."
+    )
+    guard_after: int = Field(5000, ge=0, description="Updates before the guard wakes.")
+
+
+class SaveOptions(Options):
+    """What stays on disk."""
+
+    every: int = Field(1000, ge=1, description="Updates between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")

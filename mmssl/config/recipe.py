@@ -1,0 +1,280 @@
+"""The recipe: how it is loaded, checked against what cannot work, and turned into views and a module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field, ValidationError, create_model, model_validator
+
+from mmssl.config.blocks import DataOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
+from mmssl.config.chosen import chosen_blocks
+from mmssl.config.messages import explain, nearest, told
+from mmssl.config.reading import apply_override, dump_value, find_recipe, read_yaml
+from mmssl.errors import RecipeError
+from mmssl.registry import modality
+
+if TYPE_CHECKING:
+    from mmssl.methods.method import Method
+    from mmssl.model.configuration import MmsslConfig
+
+
+def _block(kind: type[Options]) -> Any:
+    return Field(default_factory=kind)
+
+
+class Recipe(Options):
+    """A whole run. `model`, `method` and `views` take the options of the chosen method and modality."""
+
+    out: str | None = Field(None, description="Run folder; runs/NAME if unset.")
+    data: DataOptions
+    model: Options
+    method: Options
+    views: Options
+    optim: OptimOptions = _block(OptimOptions)
+    train: TrainOptions = _block(TrainOptions)
+    watch: WatchOptions = _block(WatchOptions)
+    save: SaveOptions = _block(SaveOptions)
+
+    @model_validator(mode="after")
+    def _length(self) -> Recipe:
+        if (self.train.steps is None) == (self.train.epochs is None):
+            raise ValueError("train: give either steps or epochs")
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError("train.steps: a stream has no known length, give the number of updates instead of epochs")
+        if self.data.streaming and self.data.workers and self.data.readers % self.data.workers:
+            raise ValueError("data.readers: must be a multiple of data.workers")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str, **more: Any) -> Recipe:
+        """Read and check a recipe.
+
+        Args:
+            path: a YAML file, or the name of a shipped recipe such as `vision/data2vec2-demo`.
+            overrides: `key.sub=value`, the value in YAML.
+            more: the same as keywords, with `__` for the dot.
+        Raises: RecipeError with all errors, each with key, finding and mend.
+        """
+        file = find_recipe(path)
+        raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
+        for text in (*overrides, *(f"{name.replace('__', '.')}={dump_value(value)}" for name, value in more.items())):
+            apply_override(raw, text)
+        return cls.check(raw, str(path))
+
+    @classmethod
+    def check(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Validate a plain dict. Raises: RecipeError."""
+        from mmssl.methods import METHODS
+
+        if isinstance(raw.get("data"), str):
+            raw["data"] = {"path": raw["data"]}
+        problems = []
+        name = _sub(raw, "method", "name")
+        known = isinstance(name, str) and name in METHODS
+        if not known:
+            problems.append(
+                f"method.name: found {name!r}, known methods are {', '.join(sorted(METHODS))}" + nearest(name, METHODS)
+            )
+        kind = _sub(raw, "data", "modality")
+        try:
+            found = modality(kind) if isinstance(kind, str) else None
+        except RecipeError as error:
+            problems.append(str(error))
+            found = None
+        if kind is None:
+            problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
+        wrapped = _sub(raw, "model", "backbone") is not None
+        if found is not None and known:
+            defaults = copy.deepcopy(found.defaults.get(name, {}))
+            _fill(raw, {block: values for block, values in defaults.items() if block != "model" or not wrapped})
+        chosen = recipe_class(name if known else None, found.name if found else None, wrapped)
+        try:
+            recipe = chosen.model_validate(raw)
+        except ValidationError as error:
+            problems += [explain(issue, chosen) for issue in told(error.errors())]
+            recipe = _without(raw, [issue["loc"] for issue in error.errors()], chosen)
+        if recipe is not None and known and found:
+            problems += recipe.conflicts()
+        if problems or recipe is None:
+            listing = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
+            raise RecipeError(f"{where} has {len(set(problems))} error{'s' * (len(set(problems)) > 1)}:\n{listing}")
+        return recipe
+
+    def configure(self) -> None:
+        """Write the model options that the views decide, such as the size of a vocabulary, into `model`; and those of the
+        model of transformers to start from.
+
+        Raises: ValueError that begins with the key that is wrong.
+        """
+        kind = modality(self.data.modality)
+        if self.wrapped and self.model.init:  # type: ignore[attr-defined]
+            from mmssl.model import library
+
+            options = library.released(self.model.init, kind.name, self.model.backbone, self.model.options)  # type: ignore[attr-defined]
+            self.model = self.model.model_copy(update={"options": options})
+        elif kind.configure is not None and not self.wrapped:
+            decided = kind.configure(self.model.model_dump(exclude={"init"}), self._view_options())
+            self.model = self.model.model_copy(update=decided)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether the encoder is a model of transformers as it is, instead of the shared transformer."""
+        return getattr(self.model, "backbone", None) is not None
+
+    def conflicts(self) -> list[str]:
+        """Combinations that cannot work, found by building model and views without memory."""
+        import torch
+
+        from mmssl.methods import METHODS
+
+        problems = []
+        name: str = self.method.name  # type: ignore[attr-defined]
+        chosen = METHODS[name]
+        if self.wrapped and chosen.masks:
+            return [f"model.backbone: {name} hides tokens, which the shared transformer alone can do; leave it out"]
+        if self.wrapped and getattr(self.views, "mask", None) is not None:
+            problems.append("views.mask: a backbone sees whole views; leave it out, or model.backbone")
+        if chosen.masks and getattr(self.views, "mask", None) is None:
+            problems.append(f"views.mask: {name} learns from hidden tokens; give views.mask={{}} or a ratio")
+        with torch.device("meta"):
+            steps = (("model", self.configure), ("model", self._encoder), ("views", self.build_views), ("method", self.build))
+            for block, build in steps:
+                try:
+                    built = build()
+                except ValueError as error:
+                    problems.append(keyed(block, error))
+                    if block == "model":
+                        break  # the others cannot be built on it
+                else:
+                    problems += self._views_conflict(built, chosen) if build == self.build_views else []
+        return problems
+
+    def _views_conflict(self, views: Any, method: type[Method]) -> list[str]:
+        """Whether the method takes that many views."""
+        name, found = self.method.name, views.count  # type: ignore[attr-defined]
+        if found != method.views:
+            return [
+                f"views: {name} takes {method.views} full-size view{'s' * (method.views > 1)} of a sample, these are {found}; "
+                "set views.crops to a policy or a list that gives as many"
+            ]
+        if views.crops and not method.crops:
+            return [f"views: {name} takes no smaller crops, these have {views.crops}; leave them out"]
+        if not (method.masks or self.wrapped) and getattr(self.views, "mask", None) is not None:
+            return [f"views.mask: {name} sees whole views; leave it out"]
+        if method.drops and getattr(views, "replaces", False):
+            kind = self.views.mask.kind  # type: ignore[attr-defined]
+            return [
+                f"views.mask.kind: {kind} may hide more of one sample than of another; {name} needs equally many, take another"
+            ]
+        return []
+
+    def config(self) -> MmsslConfig:
+        """The configuration of the encoder that this recipe trains."""
+        from mmssl.model import library
+        from mmssl.model.configuration import MmsslConfig
+
+        options = self.model.model_dump(exclude={"init", "freeze_features"})
+        if self.wrapped:
+            return library.configuration(self.data.modality, **options)
+        return MmsslConfig(modality=self.data.modality, **options)
+
+    def _encoder(self) -> Any:
+        from mmssl.model.backbone import Backbone, build_encoder
+        from mmssl.model.norm import synchronised
+
+        encoder = build_encoder(self.config())
+        if isinstance(encoder, Backbone):
+            return synchronised(encoder)
+        if self.model.freeze_features:  # type: ignore[attr-defined]
+            encoder.features.requires_grad_(False)
+        return encoder
+
+    def build_views(self) -> Any:
+        """The view maker of the modality."""
+        kind = modality(self.data.modality)
+        if self.wrapped:
+            from mmssl.model.library import inputs_class
+
+            inputs = inputs_class(kind.name)
+            return kind.views(inputs(**_known(inputs, self.model.model_dump())), **self._view_options())
+        with_features = kind.features(**_known(kind.features, self.config().to_dict() | {"dim": self.config().hidden_size}))
+        return kind.views(with_features, **self._view_options())
+
+    def _view_options(self) -> dict[str, Any]:
+        return {name: getattr(self.views, name) for name in type(self.views).model_fields}
+
+    def build(self) -> Method:
+        """The trainable module, without probes. Weights depend on `train.seed` alone; works under `torch.device("meta")`."""
+        import torch
+
+        from mmssl.methods import METHODS
+        from mmssl.random import key
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(self.train.seed, "init"))
+            options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "name"}
+            return METHODS[self.method.name](self._encoder(), **options)  # type: ignore[attr-defined]
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def keyed(block: str, error: ValueError) -> str:
+    """The text of an error in that block, which begins with a key of the recipe."""
+    named = re.match(rf"({'|'.join(Recipe.model_fields)})\.\w", str(error))
+    return str(error) if named else f"{block}.{error}"
+
+
+@cache
+def recipe_class(method: str | None, kind: str | None, wrapped: bool = False) -> type[Recipe]:
+    """The recipe with the options of that method and modality; unchecked blocks where one is unknown.
+
+    Args:
+        wrapped: with those of a model of transformers as the encoder, in place of those of the shared transformer.
+    """
+    fields = chosen_blocks(method, None if kind is None else modality(kind), wrapped)
+    return create_model("Recipe", __base__=Recipe, **fields)
+
+
+def _fill(raw: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
+    """Put the modality's defaults where the recipe says nothing; a mask that is given in part is completed."""
+    for block, values in defaults.items():
+        inner = raw.setdefault(block, {})
+        if isinstance(inner, dict):
+            for key, value in values.items():
+                given = inner.setdefault(key, value)
+                if key == "mask" and isinstance(given, dict):
+                    inner[key] = value | given
+
+
+def _sub(raw: dict[str, Any], block: str, name: str) -> Any:
+    inner = raw.get(block)
+    return inner.get(name) if isinstance(inner, dict) else None
+
+
+def _known(target: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Those values that `target` takes."""
+    return {name: values[name] for name in inspect.signature(target).parameters if name in values}
+
+
+def _without(raw: dict[str, Any], wrong: list[tuple[Any, ...]], kind: type[Recipe]) -> Recipe | None:
+    """The recipe without its wrong keys, so that what else is wrong can be found at the same time; None if it needs them."""
+    rest = copy.deepcopy(raw)
+    for location in wrong:
+        target: Any = rest
+        for step in location[:-1]:
+            target = target.get(step) if isinstance(target, dict) else None
+        if isinstance(target, dict) and location:
+            target.pop(location[-1], None)
+    try:
+        return kind.model_validate(rest)
+    except ValidationError:
+        return None

@@ -1,0 +1,124 @@
+"""One split of the data as undecoded values, whatever they came from."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+from torch import Tensor
+
+from mmssl.config import DataOptions
+from mmssl.types import Rejected
+
+SHARD_ROWS = 1 << 32  # index of a stream's row = shard * SHARD_ROWS + row
+
+
+class Source(NamedTuple):
+    """One split: undecoded values, labels if there are any."""
+
+    rows: Any  # datasets.Dataset of the media column; datasets.IterableDataset of a stream, with its label column
+    column: str  # holds the media
+    label: str | None = None  # label column, of a folder "label"
+    classes: int = 0  # distinct labels in all splits
+    facts: dict[str, Any] = {}  # path, kind, split, count, column, label, classes; for data.json
+    order: dict[Any, int] = {}  # label value -> 0..classes-1
+    labels: Tensor | None = None  # (n,) int64, -1 = none; not for streams
+    root: str | None = None  # folder that file names must not leave; None for the Hub
+    names: bool = False  # whether the column holds file names
+    parts: tuple[tuple[str, int], ...] = ()  # name and first row of each table
+    total: int = 0  # rows before `data.limit`; 0 for a stream of unknown length
+    lengths: Tensor | None = None  # (n,) int64 in the unit of `Views.longest`, -1 = never drawn; set by `Modality.prepare`
+
+    @property
+    def streaming(self) -> bool:
+        """Whether rows come in order only."""
+        return isinstance(self.rows, datasets.IterableDataset)
+
+    @property
+    def size(self) -> int:
+        """Samples. Raises: TypeError for a stream, whose length is unknown."""
+        return len(self.rows)
+
+    def value(self, index: int) -> str | bytes:
+        """What `Modality.decode` takes: a path, or content in bytes. Raises: Rejected if there is none."""
+        return self.content(self.rows[index])
+
+    def content(self, row: Mapping[str, Any]) -> str | bytes:
+        """The same, from a row. Text in a table is content: a str is always a path."""
+        value = row[self.column]
+        if isinstance(value, dict):
+            inside = value.get("bytes")
+            return self._file(value.get("path")) if inside is None else inside
+        if value is None:
+            raise Rejected("empty", "no value")
+        if self.names:
+            return self._file(value)
+        return value.encode() if isinstance(value, str) else value
+
+    def label_at(self, index: int) -> int:
+        """Class of a sample, 0..classes-1; -1 if it has none."""
+        return -1 if self.labels is None else int(self.labels[index])
+
+    def label_of(self, row: Mapping[str, Any]) -> int:
+        """The same, from a row of a stream."""
+        return -1 if self.label is None else self.order.get(row[self.label], -1)
+
+    def identity(self, index: int) -> str:
+        """A name to find the sample by: its file, or `train.parquet row 17`."""
+        if self.streaming:
+            shard, row = divmod(index, SHARD_ROWS)
+            name = self.parts[shard][0] if shard < len(self.parts) else f"{self.facts.get('path')} shard {shard}"
+            return f"{name} row {row}"
+        if self.names:
+            name = self.rows[index][self.column]
+            return os.fsencode(os.path.join(self.root or "", os.fsdecode(name))).decode(errors="replace")
+        row = index * self.total // self.size
+        name, first = self.parts[bisect_right(self.parts, row, key=lambda part: part[1]) - 1]
+        return f"{name} row {row - first}"
+
+    def _file(self, name: str | bytes | None) -> str | bytes:
+        if not name:
+            raise Rejected("empty", "no file name")
+        name = os.fsdecode(name)
+        if self.root is not None:
+            if not lies_inside(self.root, name):
+                raise Rejected("wrong_type", f"{name} lies outside {self.root}; data.root=FOLDER allows another folder")
+            return os.path.join(self.root, name)
+        if "://" in name:  # a stream from the Hub names its files by address
+            opened: Any = fsspec.open(name, "rb")
+            with opened as file:
+                return file.read()
+        return name
+
+
+def finished(source: Source, options: DataOptions, what: str, split: str, classes: list[str]) -> Source:
+    """Evenly spread `limit` samples, and the facts."""
+    rows, labels = source.rows, source.labels
+    if isinstance(rows, datasets.Dataset) and options.limit is not None and options.limit < len(rows):
+        kept = spread(options.limit, len(rows))
+        rows, labels = rows.select(kept), None if labels is None else labels[kept]
+    facts = {
+        "path": options.path,
+        "kind": what,
+        "split": split,
+        "count": len(rows) if isinstance(rows, datasets.Dataset) else None,
+        "column": source.column,
+        "label": source.label,
+        "classes": [os.fsencode(name).decode(errors="replace") for name in classes] if source.label else [],
+    }
+    return source._replace(rows=rows, labels=labels, facts=facts)
+
+
+def spread(count: int, of: int) -> list[int]:
+    """As many of the positions below `of`, at even distances."""
+    return [i * of // count for i in range(count)]
+
+
+def lies_inside(root: str, name: str) -> bool:
+    """By the text alone: links within the root may lead anywhere."""
+    root = os.path.abspath(root)
+    return os.path.commonpath([root, os.path.abspath(os.path.join(root, name))]) == root

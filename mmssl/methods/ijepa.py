@@ -1,0 +1,57 @@
+"""I-JEPA."""
+
+from __future__ import annotations
+
+from mmssl import losses
+from mmssl.losses import token_std
+from mmssl.methods.method import AtLeast0, Method, Normal, masked_share
+from mmssl.model.encoder import Encoder, init_linear
+from mmssl.model.positions import take_at
+from mmssl.model.token_decoder import TokenDecoder, TokenDecoderOptions
+from mmssl.parts import Network, Teacher
+from mmssl.schedules import Schedule, linear
+from mmssl.types import Batch, Clock, StepOutput
+
+
+class IJEPA(Method):
+    """Assran et al. 2023, arXiv:2301.08243: from one block of an image, predict the teacher's features of other blocks."""
+
+    paper, family, modalities, coverage = "arXiv:2301.08243", "predictive", ("vision",), ()
+    masks, drops, exports = True, True, "teacher"
+    normal = (
+        Normal("target_std", 0.1, "collapsed: features hardly differ between places and samples; lower optim.lr"),
+        Normal("prediction_std", 0.02, "the same prediction everywhere"),
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: TokenDecoderOptions = TokenDecoderOptions(384, 6, 12),
+        beta: AtLeast0 = 1.0,
+        momentum: Schedule = linear(0.996, 1.0),
+    ):
+        """beta: where the error becomes linear; 0 for the squared error, which the paper's text has."""
+        super().__init__()
+        self.student = Network(encoder=encoder)
+        self.teacher = Teacher(self.student, momentum, lag=1)
+        self.predictor = TokenDecoder(encoder.dim, encoder.dim, encoder.features.grid, predictor)
+        self.predictor.apply(init_linear)
+        self.beta = beta
+
+    def forward(self, batch: Batch, clock: Clock) -> StepOutput:
+        """Each block apart from the others; the teacher sees the whole image."""
+        (view,), encoder = batch.views, self.student.encoder
+        if view.mask is None or view.mask.wanted is None:
+            raise ValueError("views.mask.kind: ijepa needs groups of places to predict; set it to multiblock")
+        context = encoder(view, view.mask)  # tokens (M*B, L_visible, D)
+        whole = self.teacher.encode(view, None)
+        guess = self.predictor(context, view.mask)  # (M*B*K, n, D)
+        target = take_at(whole.tokens, view.mask.wanted.flatten(0, 1))
+        health = {
+            "target_std": token_std(whole.tokens),  # before they are normalised, which would hide a collapse
+            "prediction_std": token_std(guess),
+            "encoder_std": token_std(context.tokens),
+            "masked_share": masked_share(view),
+        }
+        pooled = encoder.pool(context).detach().unflatten(0, (len(batch.index), -1)).mean(1)  # (B, D)
+        return StepOutput({"features": losses.ijepa(guess, target, self.beta)}, health, pooled)

@@ -1,0 +1,42 @@
+"""What is left and said of a run that has ended: its failure, its results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmssl.distributed import rank
+from mmssl.errors import MmsslError, storage_error
+from mmssl.training.run_folder import RunFolder
+
+
+def record_failure(folder: RunFolder, error: BaseException, **facts: Any) -> None:
+    """Leave the cause in status.json, if the folder can still be written."""
+    code = error.code if isinstance(error, MmsslError) else (6 if storage_error(error, "") else 8)
+    try:
+        folder.status("failed", error=f"{type(error).__name__}: {error}", code=code, **facts)
+    except (OSError, MmsslError) as second:  # a full disk must not hide the first cause
+        print(f"mmssl: status.json could not be written: {second}", file=sys.stderr)
+
+
+def finish(folder: Path) -> int:
+    """Say where the results are; the exit status."""
+    if rank() == 0:
+        status = RunFolder.open(folder).read_status()["state"]
+        if status == "preempted":
+            print(f"Stopped by a signal and saved. Go on with: mmssl resume {folder}")
+        else:
+            scores = {n.split("/", 1)[1]: v for n, v in summary(folder).items() if n.startswith("probe/")}
+            told = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+            print(f"The encoder is in {folder / 'model'}" + (f" ({told})." if told else "."))
+    return 0
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The last value of every metric of a run."""
+    last: dict[str, Any] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    return last

@@ -1,0 +1,54 @@
+"""What a method made of what it did not see, as pictures in the run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmssl.data.dataset import KeyedDataset
+from mmssl.data.quarantine import Quarantine
+from mmssl.data.sources import Source
+from mmssl.methods import Method
+from mmssl.random import row_keys
+from mmssl.registry import Modality, Views
+from mmssl.training.run_folder import RunFolder
+from mmssl.training.trainer import SelfSupervisedTrainer
+from mmssl.types import Rebuilt
+
+SAMPLES = 8
+
+
+class Pictures:
+    """The same few samples under the same masks whenever probes are taken: `report/rebuilt-STEP.png`."""
+
+    def __init__(self, source: Source, kind: Modality, views: Views, folder: RunFolder, seed: int):
+        self.source, self.kind, self.views, self.folder, self.seed = source, kind, views, folder, seed
+        self.batch: dict[str, torch.Tensor] = {}
+
+    def draw(self, trainer: SelfSupervisedTrainer) -> None:
+        """A collective, since weights may be sharded. Nothing if the method rebuilds nothing, or nothing that can be drawn."""
+        method = trainer.objective.method
+        if self.kind.draw is None or type(method).rebuild is Method.rebuild or self.source.streaming:
+            return
+        self.batch = self.batch or self._batch()
+        model: Any = trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+        keys = row_keys(self.seed, 0, 0, len(self.batch["index"]), 0, 1)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            found = model(trainer._prepare_inputs(self.batch), keys, trainer.clock, rebuild=True)
+        model.train(was_training)
+        if self.folder.is_main and found:
+            rebuilt = Rebuilt(**{name: tensor.cpu() for name, tensor in found.items()})
+            picture = self.kind.draw(rebuilt, self.views, method.student.encoder.features)
+            path = self.folder.path / "report" / f"rebuilt-{trainer.state.global_step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """Samples spread over the data, as the first pass sees them; bad ones are replaced and not counted."""
+        data = KeyedDataset(self.source, self.kind, self.views, self.seed, Quarantine(None, 1.0, 1_000_000))
+        places = torch.linspace(0, self.source.size - 1, min(SAMPLES, self.source.size)).long().unique()
+        batch = data.collate([data[0, place] for place in places.tolist()])
+        return {name: tensor for name, tensor in batch.items() if name != "label"}

@@ -1,0 +1,33 @@
+"""Rebuilt images for people to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmssl.types import Rebuilt
+
+GAP, SHORTEST, GREY = 2, 64, 0.5  # pixels between images; least side of an image; where nothing was seen
+
+
+def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
+    """A column a sample: the image, what was seen of it, and what was made of the rest."""
+    hidden = rebuilt.hidden[..., None]
+    mean, std = (torch.as_tensor(np.asarray(each) / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
+
+    def shown(patches: Tensor) -> Tensor:  # (R, C, H, W) in 0..1
+        return features.unraw(patches.float()) * std + mean
+
+    blank = features.unraw(hidden.expand_as(rebuilt.truth).float()) > 0
+    whole = shown(rebuilt.truth)
+    rows = [whole, whole.masked_fill(blank, GREY), shown(torch.where(hidden, rebuilt.guess, rebuilt.truth))]
+    times = -(-SHORTEST // whole.shape[-1])
+    grid = torch.stack(rows).clamp(0, 1).repeat_interleave(times, -1).repeat_interleave(times, -2)  # (3, R, C, H, W)
+    framed = torch.nn.functional.pad(grid, (0, GAP, 0, GAP), value=1.0)
+    sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, C)
+    pixels = (sheet * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
