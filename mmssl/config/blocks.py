@@ -84,6 +84,13 @@ class OptimOptions(Options):
     steady: list[str] = Field(
         default_factory=list, description="Parts of the method, such as `predictor` (SimSiam), whose rate stays at the peak."
     )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the rate that the last block of the trunk has, the one before it its square, and so on; for "
+        "going on from a model (data2vec's fine-tuning: 0.65).",
+    )
     warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
     warmup_from: float | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -82,20 +83,31 @@ def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule
 
     undecayed = [name for name, part in method.named_modules() if isinstance(part, Part) and not part.decays]
     freezing = [name for name, module in method.named_modules() if hasattr(module, "is_frozen")]
-    members: dict[tuple[bool, bool, bool, str | None], list[Tensor]] = {}
+    members: dict[tuple[bool, bool, bool, str | None, float], list[Tensor]] = {}
     for name, p in trained.items():
         own_rate = options.bias_lr is not None and p.ndim <= 1
         module = next((part for part in freezing if _below(name, [part])), None)
-        members.setdefault((decays(name, p), own_rate, _below(name, options.steady), module), []).append(p)
+        share = layer_share(name, options.layer_decay, method)
+        members.setdefault((decays(name, p), own_rate, _below(name, options.steady), module, share), []).append(p)
     groups = []
-    for (decayed, own_rate, steady, module), params in sorted(members.items(), key=lambda item: not item[0][0]):
-        factor = options.bias_lr / options.lr if own_rate and options.bias_lr else 1.0
+    for (decayed, own_rate, steady, module, share), params in sorted(members.items(), key=lambda item: not item[0][0]):
+        factor = share * (options.bias_lr / options.lr if own_rate and options.bias_lr else 1.0)
         decay = _decay(options) if decayed else constant(0.0)
         group = {"params": params, "role": "method", "adapt": decayed, "weight_decay": decay.start, "decay": decay}
         groups.append(group | {"factor": factor, "own_rate": factor * rate.start if steady else None, "module": module})
     if objective.probe is not None:
         groups.append(_probe_group(objective.probe, options))
     return groups
+
+
+def layer_share(name: str, decay: float, method: Method) -> float:
+    """Share of the rate of a parameter: decay for the last block of the student's trunk, its square for the one before, and so
+    on; 1 for all that is in no block, as in data2vec's fine-tuning.
+    """
+    found = re.match(r"student\.encoder\.transformer\.blocks\.(\d+)\.", name)
+    if decay == 1 or found is None:
+        return 1.0
+    return decay ** (len(method.get_submodule("student.encoder.transformer.blocks")) - int(found[1]))  # type: ignore[arg-type]
 
 
 def _below(name: str, parts: Sequence[str]) -> bool:

@@ -422,3 +422,20 @@ def test_prototypes_decay_and_adapt_as_matrices_and_what_begins_anew_never_does(
     for decay, adapted in (("matrices", {(6, 4), (6, 1)}), ("all", {(6, 4), (6, 1)})):
         groups = parameter_groups(stand_in(method), OptimOptions(name="lars", decay=decay))
         assert {tuple(p.shape) for group in groups if group["adapt"] for p in group["params"]} == adapted
+
+
+def test_layers_near_the_input_learn_more_slowly(tiny):
+    """Twelve blocks at 0.65: the first has 0.65^12, the last 0.65, embeddings, head and decoder the whole rate."""
+    objective = Objective(tiny(depth=12)[0], classes=2)
+    groups = parameter_groups(objective, OptimOptions(lr=2e-3, layer_decay=0.65))
+    factor = {name: group["factor"] for group in groups for name in names_of(objective, group)}
+    block = "method.student.encoder.transformer.blocks"
+    assert factor[f"{block}.0.attn.qkv.weight"] == factor[f"{block}.0.norm1.bias"] == pytest.approx(0.00568800, rel=1e-5)
+    assert factor[f"{block}.11.mlp.fc2.weight"] == pytest.approx(0.65)
+    rest = {value for name, value in factor.items() if not name.startswith(f"{block}.")}
+    assert rest == {1.0}
+    optimizer = build_optimizer(objective, OptimOptions(lr=2e-3, layer_decay=0.65))
+    set_rates(optimizer, 1e-3)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in names_of(objective, group)}
+    assert rates[f"{block}.10.attn.proj.weight"] == pytest.approx(0.65**2 * 1e-3)
+    assert len(parameter_groups(objective, OptimOptions())) == 3  # with 1 nothing is split
