@@ -30,7 +30,7 @@ class NonFiniteError(MmsslError):
 
 
 class CollapseError(MmsslError):
-    """A health metric fell below what `watch.guard` asks for (exit 4)."""
+    """A health metric fell below what `watch.guard` or the method asks for (exit 4)."""
 
     code = 4
 

@@ -64,13 +64,60 @@ def spans(length: int, copies: int, ratio: float, width: int, draw: torch.Genera
     if length <= width:
         raise ValueError(f"mask.width: a span of {width} does not fit into {length} tokens")
     hidden = torch.zeros(copies, length, dtype=torch.bool)
-    number = max(1, math.floor(ratio * length / width + float(torch.rand((), generator=draw))))
+    number = span_count(length, ratio, width, float(torch.rand((), generator=draw)))
     for row in hidden:
-        starts = torch.randperm(length - width, generator=draw)[:number]
-        row[(starts[:, None] + torch.arange(width)).flatten()] = True
+        row |= union(torch.randperm(length - width, generator=draw)[:number], width, length)
     fewest = min(int(hidden.sum(1).min()), length - 1)
     order = (torch.rand(hidden.shape, generator=draw) + hidden).argsort(dim=1, descending=True)
     return torch.zeros_like(hidden).scatter_(1, order[:, :fewest], True)
+
+
+def span_count(length: int, ratio: float, width: int, u: float) -> int:
+    """How many spans there are: ratio * length / width rounded down or up, as u in [0, 1) says, and at least one.
+
+    Departs from the authors' code, which takes at least two and hides short utterances nearly as a whole.
+    """
+    return max(1, math.floor(ratio * length / width + u))
+
+
+def union(starts: Tensor, width: int, length: int) -> Tensor:
+    """(length,) bool, True = in one of the segments of `width` tokens that begin at `starts` (n,) int64."""
+    covered = torch.zeros(length, dtype=torch.bool)
+    covered[(starts[:, None] + torch.arange(width)).flatten()] = True
+    return covered
+
+
+def subsets(
+    length: int,
+    copies: int,
+    context: tuple[float, float],
+    target: tuple[float, float],
+    targets: int,
+    draw: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Features of a table to see, and groups of others to predict, as in T-JEPA.
+
+    Args:
+        length: features, L.  copies: rows to draw, M, all with the same sizes.
+        context, target: ranges of the share of the features that is seen, and that is in a group; both sizes are drawn until
+            they fit beside each other.
+        targets: groups, K; they may overlap.
+    Returns: (M, L) bool, True = seen, and (M, K, n) int64, the features of each group, ascending; none of them is seen.
+    Raises: ValueError if the least sizes do not fit.
+    Source: arXiv:2410.05016 and the authors' code.
+    """
+    ends = [(max(1, round(length * low)), round(length * high)) for low, high in (context, target)]
+    if ends[0][0] + ends[1][0] > length or any(low > high for low, high in ends):
+        raise ValueError(f"subsets: shares {context} and {target} of {length} features must rise and fit beside each other")
+    seen = wanted = length
+    while seen + wanted > length:
+        u = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+        seen, wanted = (low + round((high - low) * share) for (low, high), share in zip(ends, u, strict=True))
+    order = torch.rand(copies, length, generator=draw).argsort(dim=1)
+    rest = order[:, None, seen:].expand(-1, targets, -1)  # (M, K, L - seen)
+    chosen = torch.rand(rest.shape, generator=draw).argsort(dim=2)[..., :wanted]
+    visible = torch.zeros(copies, length, dtype=torch.bool).scatter_(1, order[:, :seen], True)
+    return visible, rest.gather(2, chosen).sort(2).values
 
 
 def uniform(length: int, copies: int, ratio: float, draw: torch.Generator) -> Tensor:

@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
-from mmssl.masks import blocks, cover, spans, uniform
+from mmssl import masks
+from mmssl.masks import blocks, cover, span_count, spans, subsets, uniform, union
+from mmssl.model.positions import restore
 from mmssl.random import generator
+from mmssl.types import Mask
+from tests.losses.cases import MASKED
 
 BASE, LARGE = (0.5, 5, 0.05), (0.55, 5, 0.1)  # ratio, width, adjust: speech, data2vec 2.0
 
@@ -92,6 +96,64 @@ def test_a_span_must_fit(length):
         spans(length, 1, 0.5, 10, generator(0))
 
 
+def test_spans_are_joined_where_they_overlap():
+    case = MASKED["span_union"]
+    covered = union(torch.tensor(case["starts"]), case["span"], case["T"])
+    assert covered.nonzero().flatten().tolist() == case["masked_indices"]
+    assert int(covered.sum()) == case["count"]
+
+
+@pytest.mark.parametrize("row", MASKED["span_start_counts"]["rows"], ids=lambda row: f"{row['T']}-{row['length']}")
+def test_spans_are_as_many_as_those_of_the_authors(row):
+    u = [0.0, 0.999 - row["ceil_probability"], 1.001 - row["ceil_probability"], 1 - 1e-9]
+    counts = [span_count(row["T"], row["p"], row["length"], one) for one in u]
+    assert counts == [row["floor"], row["floor"], row["floor"] + 1, row["floor"] + 1]
+    assert row["last_start_exclusive"] == row["T"] - row["length"]
+
+
+def test_examples_of_the_number_of_spans():
+    case = MASKED["span_start_counts"]
+    for row in case["static_u_examples"]:
+        assert span_count(row["T"], row["p"], row["length"], row["u"]) == row["spans"]
+    (row,) = case["coverage_ceiling_without_overlap"]
+    assert span_count(row["T"], row["p"], 10, 0.0) * 10 == row["frames"]
+
+
+def runs_of(hidden):
+    """Mean length of the runs of masked tokens."""
+    begins = hidden & ~torch.nn.functional.pad(hidden, (1, 0))[:, :-1]
+    return float(hidden.sum() / begins.sum())
+
+
+@pytest.mark.parametrize(("name", "method"), [("single_utterance", "wav2vec2"), ("single_utterance_hubert", "hubert")])
+def test_masks_of_speech_have_the_statistics_of_the_authors(name, method):
+    told = MASKED["wav2vec2_mask_statistics"]
+    case, length = told[name], told["T"]
+    alone = torch.cat([spans(length, 1, case["p"], case["length"], generator(name, i)) for i in range(400)])
+    share = alone.float().mean(1)
+    assert abs(float(share.mean()) - case["masked_fraction"]) < 0.006  # 4 standard errors
+    assert abs(float(share.std()) - told["single_utterance"]["std"]) < 0.006
+    assert abs(runs_of(alone) / case["mean_run"] - 1) < 0.04
+    assert not bool(alone[:, -1].any())  # as told in `never_masked`
+    four = torch.cat([spans(length, 4, case["p"], case["length"], generator(name, "four", i)) for i in range(150)])
+    told = told["same_count_batch4"][method]
+    assert abs(float(four.float().mean()) - told["masked_fraction"]) < 0.008
+    assert abs(runs_of(four) / told["mean_run"] - 1) < 0.05
+
+
+def test_spans_of_short_clips_hide_as_much_as_those_of_the_authors_where_there_are_as_many():
+    """Theirs are at least two, which ours need not be; so over all pairs of starts where ours are one or two."""
+    for row in MASKED["wav2vec2_mask_statistics"]["short_clips"]:
+        length, width = row["T"], row["length"]
+        if width == 10:
+            pairs = torch.combinations(torch.arange(length - width))
+            share = torch.stack([union(pair, width, length) for pair in pairs]).float().mean()
+        else:
+            share = torch.cat([spans(length, 1, 0.65, width, generator("short", width, i)) for i in range(400)]).float().mean()
+        assert abs(float(share) - row["masked_fraction"]) < 0.02
+        assert span_count(length, 0.65, width, 0.0) >= 1
+
+
 # Independent tokens
 
 
@@ -126,3 +188,57 @@ def test_masks_repeat_with_their_key_and_change_with_it(make):
     assert torch.equal(make(generator(1)), make(generator(1)))
     assert not torch.equal(make(generator(1)), make(generator(2)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_noise_hides_what_it_hides_in_mae_and_fillers_go_where_they_belong(monkeypatch):
+    case = MASKED["mae_masking"]
+    monkeypatch.setattr(masks.torch, "rand", lambda *shape, generator: torch.tensor([case["noise"]]))
+    hidden = uniform(8, 1, case["mask_ratio"], generator())
+    monkeypatch.undo()
+    assert hidden[0].tolist() == [bool(value) for value in case["mask"]]
+    assert torch.tensor(case["noise"]).argsort().tolist() == case["ids_shuffle"]
+    mask = Mask.of(hidden)
+    assert mask.keep[0].tolist() == sorted(case["ids_keep"])  # ascending here, in the order of the noise there
+    assert mask.keep.shape[1] == case["len_keep"]
+    told = [int(name[1:]) if name != "M" else -1 for name in case["decoder_sequence_after_unshuffle"]]
+    found = restore(mask.keep[..., None], torch.full((1, 6, 1), -1), mask)
+    assert found.flatten().tolist() == told
+    shuffled = torch.tensor(case["ids_shuffle"])
+    assert torch.equal(shuffled[torch.tensor(case["ids_restore"])], torch.arange(8))
+
+
+def test_counts_are_rounded_down_on_the_side_that_is_drawn():
+    """CroCo and Point-MAE count what is hidden, as `blocks` do; MAE what is kept, as `uniform` does."""
+    case = MASKED["croco_mask"]
+    hidden = blocks((case["tokens"],), 5, case["ratio"], 1, 0.0, generator("croco"))
+    assert set(hidden.sum(1).tolist()) == {case["masked"]}
+    assert set((~hidden).sum(1).tolist()) == {case["visible"]}
+    kept = (~uniform(case["tokens"], 5, case["ratio"], generator("mae"))).sum(1)
+    assert set(kept.tolist()) == {case["mae_convention_would_keep"]}
+    case = MASKED["point_mae"]
+    hidden = blocks((case["groups"],), 5, case["mask_ratio"], 1, 0.0, generator("points"))
+    assert set(hidden.sum(1).tolist()) == {case["masked"]}
+    assert set((~hidden).sum(1).tolist()) == {case["visible"]}
+
+
+def test_subsets_are_apart_from_what_is_seen_and_of_the_sizes_of_t_jepa():
+    case = MASKED["tjepa_counts"]["jannis"]
+    count = case["features"]
+    context, target = ((case[f"min_{name}"] / count, case[f"max_{name}"] / count) for name in ("ctx", "trg"))
+    sizes = set()
+    for key in range(300):
+        seen, wanted = subsets(count, 3, context, target, 4, generator("subsets", key))
+        assert (seen.shape, wanted.shape[:2]) == ((3, count), (3, 4))
+        assert not bool(seen.gather(1, wanted.flatten(1)).any())
+        assert bool((wanted.diff(dim=2) > 0).all())
+        assert len({tuple(row) for row in seen.tolist()}) == 3
+        (size,) = set(seen.sum(1).tolist())
+        sizes.add((size, wanted.shape[2]))
+    assert all(a + b <= count for a, b in sizes)
+    assert {min(a for a, _ in sizes), max(a for a, _ in sizes)} == {case["min_ctx"], case["max_ctx"]}
+    assert {min(b for _, b in sizes), max(b for _, b in sizes)} == {case["min_trg"], case["max_trg"]}
+    seen, wanted = subsets(10, 2, (0.5, 0.9), (0.5, 0.9), 2, generator("tight"))  # only the least sizes fit
+    assert (seen.sum(1).tolist(), wanted.shape) == ([5, 5], (2, 2, 5))
+    for shares in (((0.6, 0.7), (0.5, 0.6)), ((0.5, 0.2), (0.1, 0.2))):
+        with pytest.raises(ValueError, match=r"^subsets: shares .* of 10 features"):
+            subsets(10, 1, *shares, 2, generator("bad"))

@@ -13,6 +13,7 @@ from mmssl.parts import Network, Teacher
 from mmssl.schedules import Schedule, constant, cosine, linear
 from mmssl.training.optim import schedule
 from mmssl.types import Clock
+from tests.losses.cases import MASKED
 
 CASES = json.loads((Path(__file__).parent / "vectors" / "joint-embedding.json").read_text())["cases"]
 
@@ -254,3 +255,42 @@ def test_a_teacher_moves_in_the_order_of_its_paper():
         after.append(float(teacher.encoder.weight))
     assert before == pytest.approx(case["expected"]["teacher_after_forward_of_steps_0_1_2_moco_order"], abs=1e-12)
     assert after == pytest.approx(case["expected"]["teacher_after_steps_0_1_2_byol_dino_order"], abs=1e-12)
+
+
+def test_rates_of_mae_and_wav2vec2_and_the_weight_decay_of_dino_are_the_authors():
+    case, recipe = MASKED["mae_lr_schedule"], Recipe.load("vision/mae-base")
+    rate = schedule(recipe.optim, recipe.train.global_batch)
+    assert (recipe.optim.lr, recipe.train.global_batch, recipe.train.epochs) == (case["blr"], case["batch"], case["epochs"])
+    updates = recipe.optim.warmup // case["warmup_epochs"]  # of an epoch
+    for epoch, wanted in case["values"].items():
+        assert rate(Clock(int(epoch) * updates, case["epochs"] * updates)) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
+    case, recipe = MASKED["wav2vec2_lr_schedule"], Recipe.load("speech/wav2vec2-base")
+    assert (recipe.optim.lr, recipe.optim.warmup, recipe.train.steps) == (case["peak"], case["warmup"], case["total"])
+    for step, wanted in case["values"].items():
+        found = schedule(recipe.optim)(Clock(int(step), recipe.train.steps))
+        assert found == pytest.approx(wanted, rel=1e-9, abs=case["end"])
+    case = MASKED["weight_decay_cosine"]
+    for step, wanted in case["values"].items():
+        assert cosine(case["start"], case["end"])(Clock(int(step), case["N"])) == pytest.approx(wanted, rel=1e-12)
+
+
+LINEAR = ["text/mlm-base", "text/mlm-large", "text/mlm-bert-base", "text/mlm-bert-large"]
+LINEAR += [f"text/electra-{size}" for size in ("small", "base", "large")]
+LINEAR += [f"speech/{name}-{size}" for name in ("wav2vec2", "hubert") for size in ("base", "large")]
+LINEAR += ["spectrogram/tera-base", "spectrogram/tera-large"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_rate_that_falls_linearly_in_the_paper_does_so_here(name):
+    recipe = Recipe.load(name)
+    optim, steps = recipe.optim, 1_000_000
+    rate = schedule(optim, recipe.train.global_batch)
+    half, quarter = ((optim.warmup + share * (steps - optim.warmup)) for share in (0.5, 0.75))
+    assert [rate(Clock(round(at), steps)) for at in (optim.warmup, half, quarter, steps)] == pytest.approx(
+        [optim.lr, optim.lr / 2, optim.lr / 4, 0], rel=1e-5
+    )
+
+
+def test_a_linear_fall_ends_where_it_is_told():
+    rate = schedule(OptimOptions(lr=1.0, warmup=10, hold=10, fall="linear", lr_end=0.2))
+    assert [rate(Clock(step, 120)) for step in (5, 10, 20, 70, 120)] == pytest.approx([0.5, 1, 1, 0.6, 0.2])

@@ -99,8 +99,9 @@ class OptimOptions(Options):
         "unset, the first has 0 and the one after the warm-up the peak (SimCLR, BYOL).",
     )
     hold: int = Field(0, ge=0, description="Updates at the peak after the warm-up.")
-    fall: Literal["cosine", "exponential", "steps", "none"] = Field(
-        "cosine", description="By half a cosine, by equal factors, to a tenth at each of fall_at, or not at all."
+    fall: Literal["cosine", "linear", "exponential", "steps", "none"] = Field(
+        "cosine",
+        description="By half a cosine, in a straight line, by equal factors, to a tenth at each of fall_at, or not at all.",
     )
     fall_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=list, validate_default=True, description="With fall=steps: shares of the run, such as [0.6, 0.8]."
@@ -108,7 +109,8 @@ class OptimOptions(Options):
     lr_end: float | None = Field(
         None,
         ge=0,
-        description="Rate at the end, not scaled; if unset, 0 after a cosine and a hundredth of the peak after an exponential.",
+        description="Rate at the end, not scaled; if unset, 0 after a cosine or a line and a hundredth of the peak after an "
+        "exponential.",
     )
     by: Literal["step", "epoch"] = Field(
         "step", description="epoch: the rate is constant in each epoch (MoCo, SimSiam); warmup and hold are then epochs."
@@ -170,7 +172,9 @@ class WatchOptions(Options):
     neighbours: int = Field(20, ge=1)
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
     guard: dict[str, float] = Field(
-        default_factory=dict, description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops."
+        default_factory=dict,
+        description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops. wav2vec2 guards its "
+        "code_perplexity by itself; 0 turns that off.",
     )
     guard_after: int = Field(5000, ge=0, description="Updates before the guard wakes.")
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mmssl.data.quarantine import Quarantine
+from mmssl.data.sampler import Keys
 from mmssl.data.sources import SHARD_ROWS, Source
 from mmssl.errors import DataError, RecipeError
-from mmssl.random import generator, permutation
+from mmssl.random import generator, key, permutation
 from mmssl.registry import Modality, Views
 from mmssl.types import Batch, Rejected
 
@@ -99,13 +100,23 @@ class KeyedDataset(_Keyed, Dataset):
     def __len__(self) -> int:
         return self.source.size
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+    def __getitem__(self, place: tuple[int, ...]) -> dict[str, Any]:
         """Tensors of the sample's views, `index` and `label`, for a key `(epoch, index)` or `(epoch, index, length)`.
 
         A bad sample is replaced by draws from (seed, "replace", epoch, index, attempt), among those not shorter than the
         key's length if it has one; a substitute carries its own index. Raises: DataError if all substitutes are bad too.
         """
-        return self._sample(key)
+        return self._sample(place)
+
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+        """The samples of a micro-batch. Where views draw something for all samples of an update, each carries its seed,
+        `shared` () int64, if the keys tell which update that is, see `Keys`.
+        """
+        samples = [self[one] for one in keys]
+        if isinstance(keys, Keys) and getattr(self.views, "shares", False):
+            seed = torch.tensor(key(self.seed, "shared", keys.update))
+            samples = [{**sample, "shared": seed} for sample in samples]
+        return samples
 
     def _substitutes(self, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         epoch, index, *length = place

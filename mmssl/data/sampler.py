@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from mmssl.errors import RecipeError
 from mmssl.random import permutation
 
 BUCKETS = 16
+
+
+class Keys(list[tuple[int, ...]]):
+    """The keys of a micro-batch, and the update that it belongs to: what is drawn for all samples of an update at once must
+    be the same on all ranks.
+    """
+
+    def __init__(self, keys: Iterable[tuple[int, ...]], update: int):
+        super().__init__(keys)
+        self.update = update
 
 
 class KeyBatches(Sampler[list[tuple[int, ...]]]):
@@ -85,7 +95,7 @@ class KeyBatches(Sampler[list[tuple[int, ...]]]):
             share = len(update) // self.accumulation  # of all ranks at once
             for first in range(0, len(update), share):
                 mine = update[first + self.rank : first + share : self.world].tolist()
-                yield [(epoch, index, *length) for index in mine]
+                yield Keys(((epoch, index, *length) for index in mine), step)
 
 
 class Shuffled:

@@ -1,6 +1,6 @@
 """Loss arithmetic: pure functions of tensors, at least fp32 inside, exact over ranks."""
 
-from mmssl.losses.clustering import cluster_cross_entropy, sinkhorn, swav
+from mmssl.losses.clustering import cluster_cross_entropy, self_training, sharpened, sinkhorn, student_t, swav
 from mmssl.losses.codes import (
     code_perplexity,
     code_scores,
@@ -32,6 +32,7 @@ from mmssl.losses.distillation import dino, predict_others, teacher_distribution
 from mmssl.losses.masked_views import MSN, ibot_tokens, ijepa, msn
 from mmssl.losses.prediction import Norm, average_layers, cosine_regression, data2vec_regression, instance_norm
 from mmssl.losses.reconstruction import (
+    chamfer,
     gaussian_log_likelihood,
     masked_l1,
     masked_patch_mse,
@@ -64,6 +65,7 @@ __all__ = [
     "barlow_twins",
     "batch_contrast",
     "chain",
+    "chamfer",
     "cluster_cross_entropy",
     "code_perplexity",
     "code_scores",
@@ -95,8 +97,11 @@ __all__ = [
     "predict_others",
     "replaced_token",
     "scaled_cosine",
+    "self_training",
+    "sharpened",
     "sinkhorn",
     "softmax",
+    "student_t",
     "swav",
     "teacher_distribution",
     "token_std",

@@ -1,4 +1,4 @@
-"""Clustering: views of a sample predict its cluster."""
+"""Clustering: views of a sample predict its cluster, or samples draw near the one they are nearest to."""
 
 from __future__ import annotations
 
@@ -69,3 +69,44 @@ def cluster_cross_entropy(scores: Tensor, ids: Tensor, temperature: float = 0.1,
     above_zero(temperature=temperature)
     total = F.cross_entropy(at_least_fp32(scores) / temperature, ids, ignore_index=-100, reduction="sum")
     return total * world(group) / all_sum((ids != -100).sum(), group).clamp(min=1)
+
+
+def student_t(embeddings: Tensor, centres: Tensor, alpha: float = 1.0) -> Tensor:
+    """Soft assignments to the centres of clusters, by the density of Student's t at the distance.
+
+    Args:
+        embeddings: (B, D).  centres: (K, D).
+        alpha: degrees of freedom, above 0; the fewer, the more a distant centre still counts.
+    Returns: (B, K), fp32 or higher; rows sum to 1.
+    Source: arXiv:2103.12953, Eq. 3.
+    """
+    above_zero(alpha=alpha)
+    apart = (at_least_fp32(embeddings)[:, None] - at_least_fp32(centres)).square().sum(-1)
+    return (-(alpha + 1) / 2 * (apart / alpha).log1p()).softmax(-1)
+
+
+@torch.no_grad()
+def sharpened(assignments: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Targets of `self_training`: assignments squared, over the mass of each cluster in the batch of all ranks.
+
+    Args:
+        assignments: (B, K), rows sum to 1; each rank has other rows.
+    Returns: (B, K), no gradient; rows sum to 1.
+    Source: arXiv:2103.12953, Eq. 4.
+    """
+    assignments = at_least_fp32(assignments)
+    mass = all_sum(assignments.sum(0), group)
+    target = assignments.square() / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    return target / target.sum(1, keepdim=True)
+
+
+def self_training(assignments: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """How far assignments are from sharper ones of themselves, the clustering loss of SCCL.
+
+    Args:
+        assignments: (B, K) from `student_t`; each rank has other rows.
+    Returns: () Kullback-Leibler divergence of `assignments` from `sharpened`, mean over this rank's samples, in nats.
+    Source: arXiv:2103.12953, Eq. 5-6.
+    """
+    assignments = at_least_fp32(assignments)
+    return F.kl_div(assignments.log(), sharpened(assignments, group), reduction="batchmean")

@@ -101,3 +101,24 @@ def gaussian_log_likelihood(mean: Tensor, target: Tensor, log_scale: Tensor | fl
     scale = (doubled / 2).exp() + 1e-6
     density = Normal(torch.zeros_like(scale), scale, validate_args=False).log_prob(error)  # checks would wait for the device
     return density.flatten(1).sum(1).mean()
+
+
+def chamfer(prediction: Tensor, target: Tensor, squared: bool = True) -> Tensor:
+    """How far two sets of points are from each other: each point looks for the nearest of the other set.
+
+    Args:
+        prediction: (..., n, d) points.  target: (..., m, d), held constant; as many sets.
+        squared: distances squared and both ways added, Point-MAE's loss; else plain ones, both ways averaged.
+    Returns: () mean over the points of each side and over the sets.
+    Raises: ValueError if the shapes do not fit.
+    Source: arXiv:2203.06604, section 3.3; without squares as in its authors' code.
+    """
+    if prediction.shape[:-2] != target.shape[:-2] or prediction.shape[-1] != target.shape[-1]:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} do not fit")
+    prediction, target = at_least_fp32(prediction), at_least_fp32(target.detach())
+    apart = (prediction.unsqueeze(-2) - target.unsqueeze(-3)).square().sum(-1)  # (..., n, m)
+    nearest = apart.amin(-1), apart.amin(-2)
+    if squared:
+        return nearest[0].mean() + nearest[1].mean()
+    tiny = torch.finfo(apart.dtype).tiny  # the root of 0 has no gradient
+    return (nearest[0].clamp(min=tiny).sqrt().mean() + nearest[1].clamp(min=tiny).sqrt().mean()) / 2

@@ -33,6 +33,14 @@ class Normal(NamedTuple):
     above: str = ""
 
 
+class Guard(NamedTuple):
+    """Below what a health metric says that a method learns nothing any more, and what mends it."""
+
+    metric: str
+    least: float
+    advice: str
+
+
 class Method(nn.Module):
     """A paper: names its parts in `__init__`, and maps a batch to named loss terms in `forward`.
 
@@ -76,6 +84,10 @@ class Method(nn.Module):
                 meaning = normal.above if value > normal.most else normal.below
                 found.append(f"{meaning} ({normal.metric} {value:.3g})")
         return found
+
+    def guards(self) -> tuple[Guard, ...]:
+        """What stops a run after `watch.guard_after` updates, unless `watch.guard` names the metric itself."""
+        return ()
 
     def before_step(self, clock: Clock) -> None:
         """Tell every part that an update begins, whether the one before was applied or not."""

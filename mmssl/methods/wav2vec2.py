@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import losses
-from mmssl.methods.method import Above0, AtLeast0, AtLeast1, AtLeast2, Method, Normal, masked_share
+from mmssl.methods.method import Above0, AtLeast0, AtLeast1, AtLeast2, Guard, Method, Normal, masked_share
 from mmssl.model.encoder import Encoder
 from mmssl.model.listening import Listening
 from mmssl.model.positions import take_at
@@ -20,7 +20,7 @@ from mmssl.types import Batch, Clock, StepOutput
 
 COLLAPSED = (
     "the codebooks have collapsed: nearly all frames have the same code, which leaves nothing to find; raise method.diversity "
-    "(up to 1), train.global_batch or optim.warmup, lower optim.lr, or set views.normalise=true"
+    "(up to 1), method.gumbel_temperature, train.global_batch or optim.warmup, lower optim.lr, or set views.normalise=true"
 )
 
 
@@ -68,6 +68,10 @@ class Wav2Vec2(Method):
         self.negatives, self.temperature, self.gumbel_temperature = negatives, temperature, gumbel_temperature
         self.diversity, self.penalty = diversity, penalty
         self.normal = (Normal("code_perplexity", 2.0 * groups, COLLAPSED),)  # type: ignore[misc]
+
+    def guards(self) -> tuple[Guard, ...]:
+        """Fewer than two codes of each book in use."""
+        return tuple(Guard(normal.metric, normal.least, normal.below) for normal in self.normal)
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Hidden frames from all frames, hidden ones replaced."""

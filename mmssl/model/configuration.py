@@ -15,6 +15,8 @@ class MmsslConfig(PretrainedConfig):
 
     With a `backbone`, `model_type` and options of a config of transformers, that model is the encoder, `hidden_size` wide,
     and no other option counts but `stem` and `zero_init`.
+
+    `start` says how the linear layers of the transformer are drawn, see `draw_linear` in `encoder.py`.
     """
 
     model_type = "mmssl"
@@ -38,6 +40,7 @@ class MmsslConfig(PretrainedConfig):
         layer_drop: float = 0.0,
         layer_scale: float = 0.0,
         extra_std: float = 1.0,
+        start: Literal["normal", "xavier", "beit"] = "normal",
         activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = "gelu",
         causal: bool = False,
         norm_kind: Literal["layer", "rms"] = "layer",
@@ -48,6 +51,7 @@ class MmsslConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         self.norm: Literal["post", "pre"] = norm
+        self.start: Literal["normal", "xavier", "beit"] = start
         self.pooling: Literal["mean", "cls"] = pooling
         self.activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = activation
         self.causal = causal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
         positions = features.positions(config.heads, config.extra_tokens)
         encoder = cls(features, positions, transformer, config.modality, config.pooling)
         encoder.config = config
-        encoder.transformer.apply(init_linear)
+        draw_linear(encoder.transformer, config.start)
         return encoder
 
     def forward(self, view: View, mask: Mask | None = None, collect: Literal["ffn", "block"] | None = None) -> Encoded:
@@ -163,3 +164,29 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Weights of a linear layer uniform within sqrt(6 / (inputs + outputs)), biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def init_cut(module: nn.Module) -> None:
+    """Weights of a linear layer from N(0, 0.02) without what lies beyond 0.02, which leaves a std of 0.0108; biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def draw_linear(transformer: Transformer, start: Literal["normal", "xavier", "beit"]) -> None:
+    """Draw the linear layers anew: `normal` as data2vec and BERT do, `xavier` as MAE, `beit` as BEiT, CAE and SimMIM.
+
+    The last divides what each block adds to its input by sqrt(2 * number), the first block being 1.
+    """
+    transformer.apply({"normal": init_linear, "xavier": init_xavier, "beit": init_cut}[start])
+    if start == "beit":
+        for number, block in enumerate([*transformer.prenet, *transformer.blocks], 1):
+            for layer in (block.attn.proj, block.mlp.fc2):  # type: ignore[union-attr]
+                layer.weight.data.div_(math.sqrt(2 * number))

@@ -117,6 +117,29 @@ class SinCos2d(nn.Module):
         return self.scale * both[None].float()
 
 
+def rotated_2d(x: Tensor, places: Tensor, base: float = 100.0) -> Tensor:
+    """Queries or keys turned by the place of their token on a grid, so that products tell how far apart places are.
+
+    Of each head the first half turns with the row, the second with the column; in each half channel i and the one a quarter of
+    the head further turn together by place * base^(-4i / d).
+
+    Args:
+        x: (..., L, d), d a multiple of 4.  places: (L, 2) row and column of each token.
+    Returns: (..., L, d), fp32 or higher; as it was at row 0 and column 0.
+    Raises: ValueError if d is no multiple of 4.
+    Source: arXiv:2211.10408, section 3.2; arXiv:2104.09864.
+    """
+    dim = x.shape[-1]
+    if dim % 4:
+        raise ValueError(f"heads: {dim} channels each, which positions that turn need to be a multiple of 4")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    frequency = base ** (-torch.arange(dim // 4, dtype=torch.float64, device=x.device) / (dim // 4))
+    angle = (places.to(torch.float64)[..., None] * frequency).to(x.dtype)  # (L, 2, d/4)
+    a, b = x.unflatten(-1, (2, 2, dim // 4)).unbind(-2)  # each (..., L, 2, d/4)
+    turned = torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -2)
+    return turned.flatten(-3)
+
+
 class RelativeBias(nn.Module):
     """A learned attention bias for each pair of rows and columns apart, shared by all blocks, as in BEiT (arXiv:2106.08254).
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmssl.model.encoder import init_xavier
 from mmssl.model.positions import SinCos2d, attention_bias
 from mmssl.model.transformer import Block
 from mmssl.types import Encoded, Mask
@@ -52,7 +53,7 @@ class TokenDecoder(nn.Module):
         self.proj = nn.Identity() if out is None else nn.Linear(options.dim, out)
         self.codes: Tensor
         self.register_buffer("codes", place_codes(grid, options.dim), persistent=False)
-        self.apply(_init_xavier)
+        self.apply(init_xavier)
         nn.init.normal_(self.token, std=0.02)
 
     def forward(self, visible: Encoded, mask: Mask, pad: Tensor | None = None) -> Tensor:
@@ -93,9 +94,3 @@ def place_codes(grid: tuple[int, ...], dim: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(grid[0], dtype=torch.float64)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], 1).float()
-
-
-def _init_xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

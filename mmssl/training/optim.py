@@ -35,7 +35,7 @@ def schedule(options: OptimOptions, batch: int | None = None, epochs: float | No
         if batch is None:
             raise ValueError(f"optim.scale: {options.scale} needs the global batch; pass it to `schedule`")
         peak *= batch / 256 if options.scale == "linear" else math.sqrt(batch / 256)
-    ends = {"cosine": 0.0, "exponential": peak / 100, "steps": peak / 10 ** len(options.fall_at), "none": peak}
+    ends = {"cosine": 0.0, "linear": 0.0, "exponential": peak / 100, "steps": peak / 10 ** len(options.fall_at), "none": peak}
     end = ends[options.fall] if options.lr_end is None else options.lr_end
     if end > peak:
         raise RecipeError(f"optim.lr_end: {end} lies above the peak of {peak:.6g}; lower it (it is not scaled by the batch).")

@@ -19,6 +19,7 @@ from mmssl.distributed import all_max, all_sum, check_world, rank, world
 from mmssl.errors import CollapseError, DataError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
 from mmssl.training.launch import check_deepspeed
+from mmssl.training.limits import Limits
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
 from mmssl.training.state import load_optimizer_state
@@ -108,6 +109,7 @@ class SelfSupervisedTrainer(Trainer):
         self.counted, (self.bad, self.seen) = counted, counted
         self.rate = schedule(recipe.optim, recipe.train.global_batch, steps / epoch_steps)
         self.lr = 0.0  # of the last update
+        self.limits = Limits(objective.method.guards(), recipe.watch)
         self.ragged, self._describe = ragged, describe
         self.weights: list[Tensor] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
@@ -333,7 +335,9 @@ class SelfSupervisedTrainer(Trainer):
         return int(all_sum(torch.tensor(samples, device=self.args.device)))
 
     def _guard(self, line: dict[str, Any]) -> None:
-        """Stop a run whose health is below what `watch.guard` asks for. A line without an applied update tells nothing."""
+        """Stop a run whose health is below what `watch.guard` or its method asks for. A line without an applied update tells
+        nothing.
+        """
         if line["loss"] is None:
             return
         watch, known = self.recipe.watch, sorted(name[7:] for name in line if name.startswith("health/"))
@@ -348,6 +352,8 @@ class SelfSupervisedTrainer(Trainer):
                     "judge by the probes; watch.guard={} turns the guard off. The last checkpoint is kept."
                     + "".join(f" The method says: {found}." for found in self.objective.method.judge(line))
                 )
+        if (collapsed := self.limits.breached(line)) is not None:
+            raise collapsed
 
     def _emit(self, line: dict[str, Any]) -> None:
         if self.is_world_process_zero():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -131,6 +132,7 @@ def multiblock(
     least: int,
     draw: torch.Generator,
     published: bool = False,
+    enough: int | None = None,
 ) -> Blocks:
     """Masks of I-JEPA: K blocks to predict, and a large block without any of their patches to predict them from.
 
@@ -140,13 +142,15 @@ def multiblock(
     Args:
         copies: masks to draw, M.  context, target: rows and columns of the blocks.  targets: K.
         published: blocks never touch the last row and column, as in the authors' code.
+        enough: patches of a context that is not drawn again, `least` + 1 if None.
     Raises: ValueError if that is impossible, with what `why_not_multiblock` says.
     Source: arXiv:2301.08243, section 3, and the authors' code.
     """
     if trouble := why_not_multiblock(context, target, least):
         raise ValueError(trouble)
     cells = torch.arange(grid[0] * grid[1]).view(grid)
-    rows = [_placed(cells, context, target, targets, least, draw, 0 if published else 1) for _ in range(copies)]
+    last, enough = 0 if published else 1, least + 1 if enough is None else enough
+    rows = [_placed(cells, context, target, targets, enough, draw, last) for _ in range(copies)]
     return Blocks(torch.stack([row.context for row in rows]), torch.stack([row.wanted for row in rows]))
 
 
@@ -166,8 +170,22 @@ def why_not_multiblock(context: tuple[int, int], target: tuple[int, int], least:
     return None
 
 
+@cache
+def usual_context(grid: tuple[int, int], context: tuple[int, int], target: tuple[int, int], targets: int, least: int) -> int:
+    """Patches of the smallest of 64 contexts of such blocks, the same for every batch; arguments as of `multiblock`."""
+    rows = multiblock(grid, 64, context, target, targets, least, generator("usual"))
+    always = context[0] * context[1] - target[0] * target[1]  # what the last resort of `multiblock` leaves
+    return min(int(rows.context.sum(1).min()), always)
+
+
 def _placed(
-    cells: Tensor, context: tuple[int, int], target: tuple[int, int], targets: int, least: int, draw: torch.Generator, last: int
+    cells: Tensor,
+    context: tuple[int, int],
+    target: tuple[int, int],
+    targets: int,
+    enough: int,
+    draw: torch.Generator,
+    last: int,
 ) -> Blocks:
     """One mask."""
 
@@ -186,21 +204,24 @@ def _placed(
         seen = torch.zeros(cells.numel(), dtype=torch.bool)
         seen[block(context)] = True
         seen[wanted.flatten()] = False
-        if int(seen.sum()) > least:
+        if int(seen.sum()) >= enough:
             break
     return Blocks(seen, wanted)
 
 
-def equal_context(rows: Sequence[Blocks], seeds: Sequence[int], published: bool = False) -> tuple[Tensor, Tensor]:
-    """Contexts of a batch, all as large as the smallest of them.
+def equal_context(
+    rows: Sequence[Blocks], seeds: Sequence[int], published: bool = False, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Contexts of a batch, all as large as one another.
 
     Args:
         rows: M masks of each of B samples.  seeds: B, one a sample.
         published: patches are left out from the end, as in the authors' code; the larger a batch, the fewer of the lower rows
             are then ever seen. Uniformly drawn ones otherwise.
+        size: of each context, which none of them may be below; that of the smallest one if None.
     Returns: (M*B, L) bool, True = masked, that is not in the context; and (M*B, K, n) places to predict.
     """
-    fewest = min(int(row.context.sum(1).min()) for row in rows)
+    fewest = min(int(row.context.sum(1).min()) for row in rows) if size is None else size
     if published:
         kept = [row.context & (row.context.cumsum(1) <= fewest) for row in rows]
     else:

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from mmssl.masks import blocks, uniform
-from mmssl.random import generator
+from mmssl.random import generator, key
 from mmssl.types import Mask, View
 from modalities.vision.augment import Change, Crop, check_box, check_crop, policy
 from modalities.vision.masks import (
@@ -24,6 +24,7 @@ from modalities.vision.masks import (
     multiblock,
     rectangles,
     units,
+    usual_context,
     why_not_multiblock,
 )
 
@@ -97,6 +98,7 @@ class ImageViews:
         self.size, self.channels, self.grid = features.image_size, features.channels, features.grid
         self.scale, self.aspect, self.flip, self.jitter, self.mask = scale, aspect, flip, jitter, mask
         self.replaces = mask is not None and mask.kind == "mixed"  # masks are for encoders that see all places
+        self.shares = mask is not None and mask.kind == "multiblock"  # all samples of an update have blocks of one size
         self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
         self.kinds = _one_by_one(crops, features)
         if self.kinds:
@@ -159,8 +161,13 @@ class ImageViews:
             hidden = blocks(self.grid, m.copies, m.ratio, m.width, m.adjust, draw, m.inverse)
         return {"hidden": hidden}
 
-    def _mask(self, hidden: Tensor | None, seeds: Tensor | None) -> Mask | None:
-        """The masks of a batch. hidden: (B, M, L) bool, True = masked.  seeds: (B,) int64, of masks yet to be drawn."""
+    def _mask(self, hidden: Tensor | None, seeds: Tensor | None, shared: int | None) -> Mask | None:
+        """The masks of a batch.
+
+        Args:
+            hidden: (B, M, L) bool, True = masked.  seeds: (B,) int64, of masks yet to be drawn.
+            shared: seed of what the masks of an update have in common on all ranks.
+        """
         m = self.mask
         if m is None or (hidden is None and seeds is None):
             return None
@@ -168,24 +175,26 @@ class ImageViews:
             return Mask.replacing(hidden.flatten(0, 1)) if m.kind == "mixed" else Mask.of(hidden.flatten(0, 1))
         assert seeds is not None
         each = seeds.tolist()
-        # The sizes are those of the first sample: on several ranks each has its own, places are the sample's on any number.
-        u = torch.rand(2, generator=generator(each[0], "sizes"), dtype=torch.float64).tolist()
+        # Where the update is known, what samples have in common is drawn for it, so that ranks agree; places are the sample's.
+        u = torch.rand(2, generator=generator(each[0] if shared is None else shared, "sizes"), dtype=torch.float64).tolist()
         sizes = (
             block_size(self.grid, m.context_scale, (1.0, 1.0), u[0]),
             block_size(self.grid, m.target_scale, m.target_aspect, u[1]),
         )
         rest = (m.targets, m.min_keep)
-        rows = [multiblock(self.grid, m.copies, *sizes, *rest, generator(seed, "places"), m.published) for seed in each]
-        outside, wanted = equal_context(rows, each, m.published)
+        size = None if shared is None or m.published else usual_context(self.grid, *sizes, *rest)
+        rows = [multiblock(self.grid, m.copies, *sizes, *rest, generator(seed, "places"), m.published, size) for seed in each]
+        outside, wanted = equal_context(rows, each, m.published, size)
         return Mask.of(outside)._replace(wanted=wanted)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> list[View]:
-        """Stack; the masks of a sample stay adjacent."""
-        views = []
-        for prefix in [f"{i}." for i in range(len(self.kinds))] or [""]:
-            names = [name for name in samples[0] if name.startswith(prefix)]
+        """Stack; the masks of a sample stay adjacent. `shared` of a sample is the seed of what its update has in common."""
+        views, seed = [], samples[0].get("shared")
+        for i, prefix in enumerate([f"{i}." for i in range(len(self.kinds))] or [""]):
+            names = [name for name in samples[0] if name.startswith(prefix) and name != "shared"]
             own = {name.removeprefix(prefix): torch.stack([sample[name] for sample in samples]) for name in names}
-            x, mask = own.pop("x"), self._mask(own.pop("hidden", None), own.pop("seed", None))
+            shared = None if seed is None else key(int(seed), i)
+            x, mask = own.pop("x"), self._mask(own.pop("hidden", None), own.pop("seed", None), shared)
             views.append(View(x, "vision", mask=mask, record=own))
         return views
 

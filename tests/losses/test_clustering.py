@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mmssl.losses import cluster_cross_entropy, predict_others, sinkhorn, swav
-from tests.losses.cases import CASES, drawn, expected, gradients, inputs, tensor
+from mmssl.losses import cluster_cross_entropy, predict_others, self_training, sharpened, sinkhorn, student_t, swav
+from tests.losses.cases import CASES, MASKED, drawn, expected, gradients, inputs, tensor
 
 EXACT = {"rtol": 1e-9, "atol": 0}
 SCORES = ("scores_view0", "scores_view1", "scores_small_view2")
@@ -130,3 +130,31 @@ def test_bad_input_is_refused():
         sinkhorn(scores, 0)
     with pytest.raises(ValueError, match=r"^iterations: 0, must be at least 1"):
         sinkhorn(scores, iterations=0)
+
+
+# Self-training
+
+
+def test_self_training_has_the_reference_values():
+    case = MASKED["sccl"]
+    embeddings, centres = (tensor(case[name]).requires_grad_() for name in ("embeddings", "centers"))
+    q = student_t(embeddings, centres, case["alpha"])
+    assert_close(q, tensor(case["q"]), **EXACT)
+    assert_close(sharpened(q), tensor(case["p"]), **EXACT)
+    assert_close(self_training(q).item(), case["kl_per_batch"], rtol=0, atol=3e-8)  # theirs adds 1e-8 to each probability
+    theirs = F.kl_div((q + 1e-8).log(), sharpened(q), reduction="batchmean")
+    assert_close(theirs.item(), case["kl_per_batch"], **EXACT)
+    assert all(float(g.abs().max()) > 0 for g in gradients(self_training(q), embeddings, centres))
+    assert not sharpened(q).requires_grad
+
+
+def test_assignments_and_targets_match_a_slow_loop():
+    x, centres, alpha = drawn(5, 3, seed=1), drawn(4, 3, seed=2), 2.5
+    weight = [[(1 + float((a - c).square().sum()) / alpha) ** (-(alpha + 1) / 2) for c in centres] for a in x]
+    q = tensor([[w / sum(row) for w in row] for row in weight])
+    assert_close(student_t(x, centres, alpha), q, **EXACT)
+    p = tensor([[float(q[i, k] ** 2 / q[:, k].sum()) for k in range(4)] for i in range(5)])
+    assert_close(sharpened(q), p / p.sum(1, keepdim=True), **EXACT)
+    assert student_t(x.bfloat16(), centres.bfloat16()).dtype == torch.float32
+    with pytest.raises(ValueError, match="alpha: 0"):
+        student_t(x, centres, 0)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from mmssl.losses import (
+    chamfer,
     cosine_regression,
     gaussian_log_likelihood,
     masked_l1,
@@ -89,6 +90,20 @@ def test_log_likelihood_has_the_reference_value():
 
 
 # Arithmetic
+
+
+def test_chamfer_has_the_reference_values():
+    case = MASKED["point_mae"]
+    prediction, target = tensor(case["pred"]).requires_grad_(), tensor(case["gt"])
+    assert_close(chamfer(prediction, target).item(), case["chamfer_l2"], **EXACT)
+    assert_close(chamfer(prediction, target, squared=False).item(), case["chamfer_l1"], **EXACT)
+    both = chamfer(torch.stack([prediction, target[:3]]), torch.stack([target, target]))
+    assert_close(both.item(), (chamfer(prediction, target) + chamfer(target[:3], target)).item() / 2, **EXACT)
+    for squared in (True, False):  # a point that is right pulls nowhere
+        (pull,) = gradients(chamfer(prediction, torch.cat([target, prediction.detach()[:1]]), squared), prediction)
+        assert bool(pull.isfinite().all())
+    with pytest.raises(ValueError, match="do not fit"):
+        chamfer(prediction, target[:, :2])
 
 
 @pytest.mark.parametrize("copies", [1, 3])

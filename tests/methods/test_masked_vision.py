@@ -19,6 +19,7 @@ from mmssl.parts.tokenizer import Tokenizer, TokenizerOptions
 from mmssl.random import generator
 from mmssl.training.survey import check_stream
 from mmssl.types import Batch, Clock, Mask, View
+from tests.losses.cases import MASKED
 from tests.ranks import on_two_ranks
 
 SAMPLES, LENGTH, PATCH = 12, 16, 4
@@ -341,7 +342,34 @@ def test_beit_counts_hidden_patches_only_and_takes_masks_of_any_number():
     assert_close(out.losses["codes"], torch.stack(wanted).mean(), rtol=1e-10, atol=1e-12)
 
 
+def test_mae_has_as_many_parameters_as_that_of_the_authors():
+    shapes = {
+        "cifar32_p4": (32, 4, 192, 12, 96, 2),
+        "cifar32_p2": (32, 2, 192, 12, 192, 4),
+        "img64_p8": (64, 8, 384, 12, 192, 4),
+    }
+    for name, told in MASKED["mae_params_small"].items():
+        size, patch, width, depth, dim, layers = shapes["_".join(name.split("_")[:2])]
+        with torch.device("meta"):
+            config = MmsslConfig("vision", width, depth, 3, norm="pre", image_size=size, patch_size=patch)
+            method = METHODS["mae"](Encoder.from_config(config), TokenDecoderOptions(dim=dim, depth=layers, heads=3))
+        encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (method.student, method.decoder))
+        places = (size // patch) ** 2 + 1
+        assert (encoder, decoder) == (told["encoder_trainable"], told["decoder_trainable"])
+        with_places = encoder + places * width, decoder + places * dim
+        assert with_places == (told["encoder_with_pos"], told["decoder_with_pos"])
+        assert sum(with_places) == told["total"]
+
+
 # CAE and SplitMask ------------------------------------------------------------------------------------------------------
+
+
+def test_cae_adds_its_terms_as_the_authors_do(monkeypatch):
+    case, method, batch = MASKED["cae_total"], build("cae"), batch_of("cae", torch.arange(4))
+    monkeypatch.setattr("mmssl.losses.masked_cross_entropy", lambda *given: torch.tensor(case["ce_main"]))
+    monkeypatch.setattr("mmssl.losses.masked_patch_mse", lambda *given: torch.tensor(case["mse_align"]))
+    assert method.alignment == case["align_weight"]
+    assert float(total(method(batch, Clock()))) == pytest.approx(case["total"])
 
 
 def test_cae_regresses_the_encoder_s_own_latents_of_the_hidden_patches():

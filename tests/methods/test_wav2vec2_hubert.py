@@ -15,17 +15,19 @@ from torch.testing import assert_close
 from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
 from mmssl import losses
-from mmssl.config import Recipe
+from mmssl.config import Recipe, WatchOptions
 from mmssl.distributed import all_sum, world
 from mmssl.errors import CollapseError, RecipeError
 from mmssl.masks import uniform
 from mmssl.methods import METHODS
+from mmssl.methods.method import Guard
 from mmssl.methods.wav2vec2 import distractors
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.random import generator
 from mmssl.schedules import linear
 from mmssl.training import checkpoint
+from mmssl.training.limits import Limits
 from mmssl.training.pretrain import pretrain
 from mmssl.types import Batch, Clock, Mask, View
 from modalities.speech import convert
@@ -551,6 +553,36 @@ def test_collapsed_codebooks_stop_the_run(load, tmp_path):
     guard = ("watch.guard={code_perplexity: 11}", "watch.guard_after=2")  # more than there can be
     with pytest.raises(CollapseError, match=r"health/code_perplexity is .* below the 11 of watch\.guard"):
         pretrain(load(block, tmp_path / "run", "group", *guard))
+
+
+def test_codebooks_that_collapse_stop_a_run_whose_recipe_says_nothing_of_them(load, tmp_path):
+    block = "{name: wav2vec2, dim: 8, entries: 5, negatives: 4, diversity: 0.0, penalty: 0.0}"
+    more = ("optim.lr=1.0", "optim.warmup=0", "optim.clip=0", "train.log_every=1", "watch.guard_after=1")
+    with pytest.raises(CollapseError, match=r"health/code_perplexity is .* was below 4 in the last 3 lines") as caught:
+        pretrain(load(block, tmp_path / "run", "layer", *more, "train.steps=30"))
+    assert caught.value.code == 4
+    for mend in (
+        "method.diversity",
+        "method.gumbel_temperature",
+        "optim.lr",
+        "optim.warmup",
+        "watch.guard={code_perplexity: 0}",
+    ):
+        assert mend in str(caught.value)
+    assert '"code": 4' in (tmp_path / "run" / "status.json").read_text()
+    pretrain(load(block, tmp_path / "off", "layer", *more, "train.steps=12", "watch.guard={code_perplexity: 0}"))
+
+
+def test_a_guard_of_the_method_waits_for_three_lines_in_a_row():
+    watch, guard = WatchOptions(guard_after=10), Guard("rows", 2.0, "take more rows")
+    limits = Limits([guard], watch)
+    given = [(5, 1), (11, 1), (12, 1), (13, 2), (14, 1), (15, float("nan")), (16, 1.5), (17, 1)]
+    found = [limits.breached({"step": step, "health/rows": value}) for step, value in given]
+    assert [error is not None for error in found] == [False] * 6 + [True, False]
+    assert "health/rows is 1.5 at step 16" in str(found[6])
+    assert "take more rows" in str(found[6])
+    assert limits.breached({"step": 99}) is None  # a line of probes
+    assert not Limits([guard], WatchOptions(guard={"rows": 0.0})).guards
 
 
 # Group norm --------------------------------------------------------------------------------------------------------------

@@ -260,6 +260,30 @@ def test_each_detail_counts(name):
     assert float((wrong(name, theirs)(images(32)).last_hidden_state - wanted).abs().max()) > 1e-5
 
 
+TRAPS = {
+    "eps": "eps_1e6_instead_of_1e12",
+    "gelu": "tanh_gelu",
+    "final norm": "no_final_layernorm",
+    "position of cls": "no_position_on_cls",
+    "patch bias": "no_patch_bias",
+    "post-norm": "post_norm",
+}
+
+
+@torch.no_grad()
+def test_each_detail_of_a_deep_vit_counts_as_much_as_told():
+    """To an order of magnitude: the magnitudes are of other weights."""
+    told = VECTORS["hf_trap_magnitudes"]["vit"]
+    wide = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    theirs = redrawn(ViTModel(ViTConfig(**wide, image_size=32, patch_size=8)))
+    wanted = theirs(images(32)).last_hidden_state
+    for name, trap in TRAPS.items():
+        found = float((wrong(name, theirs)(images(32)).last_hidden_state - wanted).abs().max())
+        assert told[trap] / 30 < found < told[trap] * 30, name
+    rounded = twin(theirs).float()(images(32).float()).last_hidden_state
+    assert float((rounded - wanted).abs().max()) < 30 * told["float32_vs_float64"]
+
+
 @pytest.mark.parametrize(
     "native",
     [

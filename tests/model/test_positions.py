@@ -5,8 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mmssl.model.positions import Alibi, ConvPositions, RelativeBias, SinCos2d, attention_bias, slopes, take, take_pad
+from mmssl.model.positions import (
+    Alibi,
+    ConvPositions,
+    Learned2d,
+    RelativeBias,
+    SinCos2d,
+    attention_bias,
+    rotated_2d,
+    slopes,
+    take,
+    take_pad,
+)
 from mmssl.types import Mask
+from tests.losses.cases import MASKED, drawn, tensor
 
 
 @pytest.mark.parametrize(("dim", "grid"), [(8, (3, 3)), (768, (14, 14)), (12, (2, 5))])
@@ -234,3 +246,43 @@ def test_scaled_positions_are_smaller_by_that_factor():
     for side in (4, 2):
         zeros = torch.zeros(1, side * side, 8)
         torch.testing.assert_close(small(zeros)[0], 0.25 * whole(zeros)[0])
+
+
+@pytest.mark.parametrize("side", [8, 14, 16])
+def test_the_table_of_relative_biases_has_a_row_for_each_pair_and_three_for_cls(side):
+    assert RelativeBias((side, side), 2, 1).table.num_embeddings == MASKED["relative_position_table"][f"grid{side}"]
+
+
+def test_positions_that_turn_have_the_reference_values():
+    case = MASKED["rope2d_base100"]
+    found = rotated_2d(tensor([case["token"]]), torch.tensor([case["position_yx"]]), case["base"])
+    assert_close(found, tensor([case["output"]]), rtol=1e-9, atol=0)
+
+
+def test_products_of_what_is_turned_know_how_far_apart_places_are_and_nothing_else():
+    q, k = drawn(2, 3, 1, 12, seed=1), drawn(2, 3, 1, 12, seed=2)  # (B, heads, L, d)
+
+    def product(first, second):
+        both = (rotated_2d(x, torch.tensor([place])) for x, place in ((q, first), (k, second)))
+        return (next(both) * next(both)).sum(-1)
+
+    assert_close(product((1, 5), (3, 2)), product((4, 9), (6, 6)), rtol=1e-10, atol=1e-12)
+    assert float((product((1, 5), (3, 2)) - product((5, 1), (2, 3))).abs().max()) > 0.1
+    assert_close(rotated_2d(q, torch.tensor([[0, 0]])), q, rtol=0, atol=0)
+    assert rotated_2d(q.bfloat16(), torch.tensor([[1, 1]])).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"^heads: 6 channels"):
+        rotated_2d(torch.zeros(1, 6), torch.tensor([[0, 0]]))
+
+
+def test_interpolated_positions_are_those_of_the_plain_factor_and_not_of_a_fudged_one():
+    case = MASKED["position_interpolation_fudge"]
+    torch.manual_seed(0)
+    positions = Learned2d(32, (14, 14))
+    grid = positions.table.detach().unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    for side, told in case["max_abs_difference"].items():
+        found = positions._table(int(side) ** 2).detach().unflatten(1, (int(side), int(side))).permute(0, 3, 1, 2)
+        plain, fudged = (
+            F.interpolate(grid, scale_factor=(int(side) + more) / 14, mode="bicubic", align_corners=False) for more in (0, 0.1)
+        )
+        assert float((found - plain).abs().max()) <= case["plain_scale_factor_difference"] + 1e-6
+        assert told / 3 < float((found - fudged).abs().max()) < told * 3  # of another table

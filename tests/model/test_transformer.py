@@ -12,7 +12,8 @@ from mmssl.model.attention import Attention
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.positions import Alibi
-from mmssl.model.transformer import Block, DropPath, Transformer
+from mmssl.model.transformer import ACTIVATIONS, Block, DropPath, Transformer
+from tests.losses.cases import MASKED, tensor
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -324,3 +325,48 @@ def test_fresh_weights_are_drawn_as_data2vec_draws_them():
     weight = encoder.features.proj.weight
     assert weight.abs().max() <= bound
     assert abs(float(weight.detach().std()) * math.sqrt(3) / bound - 1) < 0.05
+
+
+def test_activations_have_the_reference_values():
+    case = MASKED["gelu"]
+    exact, nearly = ACTIVATIONS["gelu"](), ACTIVATIONS["gelu_tanh"]()
+    assert_close(exact(tensor(case["x"])), tensor(case["exact_erf"]), rtol=1e-9, atol=1e-15)
+    assert_close(nearly(tensor(case["x"])), tensor(case["tanh"]), rtol=1e-9, atol=1e-15)
+    x = torch.arange(-6, 6, 1e-4, dtype=torch.float64)
+    apart = (exact(x) - nearly(x)).abs()
+    assert float(apart.max()) == pytest.approx(case["max_abs_difference"], rel=1e-6)
+    assert float(x[apart.argmax()].abs()) == pytest.approx(case["at_abs_x"], abs=2e-4)
+    case = MASKED["quick_gelu"]
+    assert_close(ACTIVATIONS["gelu_quick"]()(tensor(case["x"])), tensor(case["x_sigmoid_1_702x"]), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280])
+@pytest.mark.parametrize("kind", ["post", "pre"])
+def test_a_block_has_as_many_parameters_as_told(width, kind):
+    with torch.device("meta"):
+        block = Block(width, width // 64, norm=kind)
+    assert sum(p.numel() for p in block.parameters()) == MASKED["block_params"][f"D{width}"]
+
+
+STARTED = {"hidden_size": 64, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8, "norm": "pre"}
+
+
+@pytest.mark.parametrize("start", ["xavier", "beit"])
+def test_linear_layers_start_as_the_authors_do_if_asked_to(start):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = Encoder.from_config(MmsslConfig(**STARTED, start=start))
+    cut = MASKED["trunc_normal_cut_at_one_std"]
+    for number, block in enumerate(encoder.transformer.blocks, 1):
+        assert {float(p.detach().abs().max()) for name, p in block.named_parameters() if name.endswith("bias")} == {0.0}
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            found = layer.weight.detach()
+            if start == "xavier":  # the fused projection as one matrix, as there
+                bound = math.sqrt(6 / sum(found.shape))
+                wanted = bound / math.sqrt(3)
+            else:
+                scale = 1 / math.sqrt(2 * number) if layer in (block.attn.proj, block.mlp.fc2) else 1.0
+                bound, wanted = 0.02 * scale, cut["for_std_0_02"] * scale
+                assert wanted == pytest.approx(cut["ratio_of_effective_to_nominal_std"] * bound)
+            assert 0.98 * bound < float(found.abs().max()) <= bound * (1 + 1e-6)
+            assert float(found.std()) == pytest.approx(wanted, rel=0.05)

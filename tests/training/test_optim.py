@@ -17,6 +17,7 @@ from mmssl.parts import Prototypes
 from mmssl.training.objective import PROBE_SCALE, Objective, Standardise
 from mmssl.training.optim import PROBE_LR, build_optimizer, check_whole, clip_each, parameter_groups, schedule, set_rates
 from mmssl.types import Clock
+from tests.losses.cases import MASKED
 
 
 @pytest.fixture
@@ -430,6 +431,10 @@ def test_layers_near_the_input_learn_more_slowly(tiny):
     groups = parameter_groups(objective, OptimOptions(lr=2e-3, layer_decay=0.65))
     factor = {name: group["factor"] for group in groups for name in names_of(objective, group)}
     block = "method.student.encoder.transformer.blocks"
+    told = MASKED["layer_decay_scales"]["decay_0_65"]  # of patches, blocks, head; patches have the whole rate in data2vec
+    found = [factor[f"{block}.{i}.norm1.weight"] for i in range(12)]
+    assert found == pytest.approx(told[1:-1], rel=1e-12)
+    assert told[-1] == 1
     assert factor[f"{block}.0.attn.qkv.weight"] == factor[f"{block}.0.norm1.bias"] == pytest.approx(0.00568800, rel=1e-5)
     assert factor[f"{block}.11.mlp.fc2.weight"] == pytest.approx(0.65)
     rest = {value for name, value in factor.items() if not name.startswith(f"{block}.")}

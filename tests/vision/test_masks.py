@@ -8,13 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from mmssl.config import Recipe
+from mmssl.config import DataOptions, Recipe
+from mmssl.data.dataset import KeyedDataset
+from mmssl.data.quarantine import Quarantine
+from mmssl.data.sampler import KeyBatches
+from mmssl.data.sources import open_source
 from mmssl.masks import blocks, cover, uniform
 from mmssl.random import generator
+from mmssl.registry import modality
+from mmssl.types import Batch
 from modalities.vision.augment import Crop
 from modalities.vision.features import PatchFeatures
-from modalities.vision.masks import block_size, block_sizes, grown, mixed, multiblock, rectangles, units
+from modalities.vision.masks import (
+    block_size,
+    block_sizes,
+    equal_context,
+    grown,
+    mixed,
+    multiblock,
+    rectangles,
+    units,
+    usual_context,
+)
 from modalities.vision.views import ImageViews, MaskOptions
 
 BASE = ((14, 14), 0.8, 3, 0.07)
@@ -310,6 +327,41 @@ def test_places_are_the_sample_s_own_and_repeat_with_their_key():
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
     part = maker.collate(views_of(maker, (0, 3)))[0].mask  # sizes are the first sample's
     assert torch.equal(part.wanted, whole.wanted[[0, 3]])
+
+
+def micro_batch(folder, maker, seed, step, rank, world):
+    """Mask of the whole micro-batch of a rank, as the loader makes it."""
+    source = open_source(DataOptions(path=str(folder), modality="vision"), modality("vision"), "train")
+    data = KeyedDataset(source, modality("vision"), maker, seed, Quarantine(None, 1.0, 100))
+    keys = KeyBatches(source.size, 8, 8 // world, rank, world, step + 1, seed, start_step=step)
+    loader = DataLoader(data, batch_sampler=keys, collate_fn=data.collate)
+    return Batch.from_tensors(next(iter(loader))).views[0].mask
+
+
+def test_several_blocks_of_two_ranks_are_those_of_one_process(image_folder):
+    maker, sizes = image_views(kind="multiblock", copies=2), set()
+    for step in range(4):  # an epoch has four updates
+        whole = micro_batch(image_folder, maker, 0, step, 0, 1)
+        halves = [micro_batch(image_folder, maker, 0, step, rank, 2) for rank in range(2)]
+        for name in ("hidden", "keep", "restore", "wanted"):
+            one, two = (getattr(mask, name) for mask in halves)
+            both = torch.stack([one.unflatten(0, (4, 2)), two.unflatten(0, (4, 2))], 1)  # ranks take turns
+            assert torch.equal(both.flatten(0, 2), getattr(whole, name)), name
+        sizes.add((whole.wanted.shape[2], whole.keep.shape[1]))
+    assert len(sizes) > 1  # each update has its own
+    other, again = (micro_batch(image_folder, maker, seed, 0, 0, 1) for seed in (1, 0))
+    assert other.wanted.shape != again.wanted.shape or not torch.equal(other.wanted, again.wanted)
+
+
+def test_the_usual_context_is_one_that_nearly_all_masks_reach():
+    size = usual_context((14, 14), (13, 13), (6, 6), 4, 10)
+    rows = [multiblock((14, 14), 1, (13, 13), (6, 6), 4, 10, generator("usual", i)) for i in range(300)]
+    assert 0.9 < sum(int(row.context.sum()) >= size for row in rows) / 300 < 1
+    again = multiblock((14, 14), 100, (13, 13), (6, 6), 4, 10, generator("again"), enough=size)
+    assert int(again.context.sum(1).min()) >= size
+    outside, _ = equal_context([again], [0], size=size)
+    assert set((~outside).sum(1).tolist()) == {size}
+    assert not bool(((~outside) & ~again.context).any())
 
 
 def test_cutting_the_context_at_random_does_not_favour_the_upper_rows():
