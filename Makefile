@@ -23,7 +23,7 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-results: $(STAMP)  ## the runs behind docs/results.md; needs ../shared/data, about an hour
+results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is there; needs ../shared/data, some hours
 	$(BIN)/python -m tools.results
 
 bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes

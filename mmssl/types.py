@@ -146,7 +146,8 @@ class Rebuilt(NamedTuple):
 
     truth: Tensor  # (R, L, n) raw values of each token, or (R, L) ids
     guess: Tensor  # of the same shape; what the method says nothing about is not looked at
-    hidden: Tensor  # (R, L) bool, True = not seen
+    hidden: Tensor  # (R, L) bool, True = not seen as it is
+    seen: Tensor | None = None  # as `truth`: what was seen instead; None where hidden tokens were left out
 
 
 class Clock(NamedTuple):

@@ -1,17 +1,24 @@
 """make results: the runs behind docs/results.md, each skipped if it is already there. Prints the table.
 
-python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods]
+python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods,masked,NAME]
 
-`methods` stands for all joint-embedding methods on the same 10 000 images with the same small encoder, 3 minutes each.
+`methods` stands for all joint-embedding methods on the same 10 000 images with the same small encoder, 3 minutes each; `masked`
+for all masked and predictive methods on images, speech, spectrograms and text, about 2 minutes each, named MODALITY-METHOD.
+What a run cost is in its cost.json: seconds of processor time of training, children included; of a killed attempt nothing.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from mmssl.config import shipped_recipes
 from mmssl.evaluate.probe import probe
 from mmssl.methods import METHODS
 from mmssl.training.run_folder import RunFolder
@@ -36,7 +43,25 @@ RESULTS = {
 }
 COMPARED = [name for name, method in METHODS.items() if method.family == "joint embedding"]
 RESULTS |= {name: Result(f"vision/{name}-cifar10-cpu", "cifar10", 5_000) for name in COMPARED}
+PLACES = {  # modality: what its small recipes end in, and how they are learned
+    "vision": ("cifar10-cpu", Result("", "cifar10", 5_000, words=("data.limit=10000",))),
+    "speech": ("fsdd-cpu", Result("", "fsdd", 5_000, group="speaker")),
+    "spectrogram": ("fsdd-cpu", Result("", "fsdd", 5_000, group="speaker")),
+    "text": ("agnews-cpu", Result("", "agnews-small", 5_000, vocabulary=4000)),
+}
 FOLDER = Path("runs/results")
+
+
+def masked() -> dict[str, Result]:
+    """Every masked or predictive method where there is a recipe, but for those that are learned longer, above."""
+    shipped, above = {*shipped_recipes()}, {result.recipe for result in RESULTS.values()}
+    others = [name for name, method in METHODS.items() if method.family != "joint embedding"]
+    wanted = {
+        f"{kind}-{name}": result._replace(recipe=f"{kind}/{name}-{ending}")
+        for kind, (ending, result) in PLACES.items()
+        for name in others
+    }
+    return {name: result for name, result in wanted.items() if result.recipe in shipped and result.recipe not in above}
 
 
 def finished(run: Path) -> bool:
@@ -44,32 +69,84 @@ def finished(run: Path) -> bool:
     return (run / "status.json").is_file() and RunFolder.open(run).read_status().get("state") == "finished"
 
 
+def processor_seconds() -> float:
+    """Used so far by this process and the children it has waited for, user and system."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@contextmanager
+def counted(run: Path) -> Iterator[None]:
+    """Adds what is used meanwhile to cost.json, however it ends."""
+    file, start = run / "cost.json", processor_seconds()
+    before = json.loads(file.read_text())["cpu_seconds"] if file.is_file() else 0.0
+    try:
+        yield
+    finally:
+        gc.collect()  # loaders that wait to be freed have workers that nobody has waited for, which do not count till then
+        if run.is_dir():
+            file.write_text(json.dumps({"cpu_seconds": round(before + processor_seconds() - start, 1)}) + "\n")
+
+
 def train(result: Result, data: Path, run: Path) -> None:
-    """Train or go on, unless it is done."""
-    if finished(run):
-        return
-    words = ["pretrain", result.recipe, f"data={data}", f"out={run}", *result.words]
+    """Train, or go on with what was stopped."""
+    words = ["pretrain", result.recipe, f"data={data}", f"out={run}", "overwrite=true", *result.words]
     if result.vocabulary:
         tokenizer = FOLDER / f"{data.name}-tokenizer"
         if not tokenizer.is_dir():
             call("tokenizer", "train", f"data={data}", f"out={tokenizer}", f"vocab={result.vocabulary}")
         words.append(f"views.tokenizer={tokenizer}")
-    call(*(["resume", str(run)] if (run / "checkpoints").is_dir() else words))
+    going_on = (run / "checkpoints").is_dir()
+    if not going_on:
+        (run / "cost.json").unlink(missing_ok=True)
+    with counted(run):
+        call(*(["resume", str(run)] if going_on else words))
+    if not finished(run):
+        sys.exit(f"{run}: stopped before its end; the same command goes on.")
+
+
+def measure(result: Result, data: Path, run: Path) -> None:
+    """Train and probe, each unless it is done."""
+    file = run / "probe.json"
+    if not finished(run):
+        file.unlink(missing_ok=True)
+        train(result, data, run)
+    if not file.is_file():
+        scores = probe(run / "model", str(data), random=True, samples=result.samples, group=result.group)
+        file.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def row(name: str, run: Path) -> Iterator[str]:
+    """Lines of the table: accuracies in percent, the cost of training in seconds."""
+    cost = run / "cost.json"
+    for which, values in json.loads((run / "probe.json").read_text()).items():
+        cells = [f"{100 * values[key]:.1f}" if key in values else "" for key in ("knn", "linear", "left_out")]
+        spent = f"{json.loads(cost.read_text())['cpu_seconds']:.0f}" if which == "model" and cost.is_file() else ""
+        yield f"| {name} | {which} | " + " | ".join([*cells, spent]) + " |"
 
 
 def main() -> None:
-    """Train what is missing, measure, print."""
+    """Train what is missing, measure, print; what fails is named and the others go on."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    folder = Path(given.get("data", "../shared/data"))
-    for name in given.get("only", ",".join(RESULTS)).replace("methods", ",".join(COMPARED)).split(","):
-        result, run = RESULTS[name], FOLDER / name
-        data = folder / result.data
-        train(result, data, run)
-        scores = probe(run / "model", str(data), random=True, samples=result.samples, group=result.group)
-        (run / "probe.json").write_text(json.dumps(scores, indent=2) + "\n")
-        for row, values in scores.items():
-            cells = (f"{100 * values[key]:.1f}" if key in values else "" for key in ("knn", "linear", "left_out"))
-            print(f"| {name} | {row} | " + " | ".join(cells) + " |")
+    folder, results = Path(given.get("data", "../shared/data")), RESULTS | masked()
+    groups = {"methods": COMPARED, "masked": [*masked()]}
+    wanted = [name for word in given.get("only", ",".join(results)).split(",") for name in groups.get(word, [word])]
+    failed = []
+    if unknown := [name for name in wanted if name not in results]:
+        sys.exit(f"only: found {', '.join(unknown)}, expected {', '.join([*groups, *results])}")
+    print("| run | | k-NN | linear | left out | CPU seconds |\n|---|---|---|---|---|---|")
+    for name in wanted:
+        run = FOLDER / name
+        try:
+            measure(results[name], folder / results[name].data, run)
+        except SystemExit as stop:
+            if not isinstance(stop.code, int):
+                raise
+            failed.append(f"{name} (exit code {stop.code})")
+            continue
+        print(*row(name, run), sep="\n", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -205,9 +205,7 @@ def probe(
     results: dict[str, Any] = {}
     networks = {"model": network}
     if random:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            networks = {"random": type(network)(network.config), **networks}
+        networks = {"random": untrained(network, seed), **networks}
     for name, candidate in networks.items():
         run = _runner(candidate, layers)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
@@ -229,6 +227,21 @@ def probe(
                 results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
             results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
     return results
+
+
+def untrained(network: Any, seed: int) -> Any:
+    """A network of the same shape with weights drawn from `seed`.
+
+    What was measured of data before training, which a module names in `measured`, belongs to the shape: without a palette the
+    untrained network would see a single colour.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(network)(network.config)
+    for own, trained in zip(fresh.modules(), network.modules(), strict=True):
+        for name in getattr(own, "measured", ()):
+            getattr(own, name).copy_(getattr(trained, name))
+    return fresh
 
 
 def _measured(

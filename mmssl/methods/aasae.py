@@ -89,4 +89,5 @@ class AASAE(Method):
         raw = self.student.encoder.features.raw
         truth = raw(plain.x)
         guess = raw(self.decoder(self.mean(self.student.embed(augmented))))
-        return Rebuilt(truth, guess.to(truth.dtype), torch.ones(truth.shape[:2], dtype=torch.bool, device=truth.device))
+        hidden = torch.ones(truth.shape[:2], dtype=torch.bool, device=truth.device)
+        return Rebuilt(truth, guess.to(truth.dtype), hidden, raw(augmented.x))

@@ -10,7 +10,7 @@ from mmssl.model.encoder import Encoder
 from mmssl.model.positions import take_at
 from mmssl.model.regressor import LatentRegressor, RegressorOptions
 from mmssl.parts import Network
-from mmssl.parts.tokenizer import CodeTargets, Tokenizer, TokenizerOptions
+from mmssl.parts.tokenizer import CodeTargets, TokenizerOptions, tokenizer_of
 from mmssl.types import Batch, Clock, StepOutput
 
 
@@ -38,7 +38,7 @@ class CAE(CodeTargets, Method):
         super().__init__()
         check_raw(encoder, ids=False)
         self.student = Network(encoder=encoder)
-        self.tokenizer = Tokenizer(encoder.features.raw_width, tokenizer)
+        self.tokenizer = tokenizer_of(encoder.features, tokenizer)
         self.regressor = LatentRegressor(encoder.dim, tokenizer.codes, encoder.features.grid, regressor)
         self.alignment = alignment
 

@@ -12,7 +12,7 @@ from mmssl.methods.method import Method, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.model.lm_head import Tied
 from mmssl.parts import Network
-from mmssl.types import Batch, Clock, StepOutput
+from mmssl.types import Batch, Clock, Rebuilt, StepOutput
 
 
 class CausalLM(Method):
@@ -49,6 +49,15 @@ class CausalLM(Method):
             "prediction_std": losses.token_std(seen.tokens, pad=view.pad),
         }
         return StepOutput({"next": losses.next_token(logits, view.x, view.pad)}, health, encoder.pool(seen).detach())
+
+    @torch.no_grad()
+    def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt:
+        """The likeliest tokens, given those that really came before them."""
+        (view,) = batch.views
+        guess = self.head(self.student.encoder(view).tokens).argmax(-1)  # of the next ones
+        asked = torch.ones_like(view.x, dtype=torch.bool) if view.pad is None else ~view.pad
+        asked[:, 0] = False
+        return Rebuilt(view.x, torch.cat([view.x[:, :1], guess[:, :-1]], 1), asked)
 
     def terms(self, batch: Batch) -> Tensor:
         """Tokens that have one before them."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl import losses
-from mmssl.distributed import gather, rank, world
+from mmssl.distributed import gather, gather_rows, rank, world
 from mmssl.methods.method import AtLeast1, Method, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Network
@@ -43,13 +44,12 @@ class CPC(Method):
         (view,), encoder = batch.views, self.student.encoder
         frames = encoder.features(view.x)  # (B, L, D)
         seen = encoder.contextualize(frames)
-        steps, window = len(self.predictors), frames.shape[1] - len(self.predictors)
-        if window < 1:
-            raise ValueError(
-                f"method.steps: {steps}, the views have {frames.shape[1]} frames; lower it or raise views.shortest"
-            )
-        pool = gather(frames).flatten(0, 1)  # (W*B*L, D)
-        places = negative_places(batch.keys, frames.shape[1], steps, self.negatives, pool)  # (B, window, K)
+        lengths, steps = rank_lengths(frames), len(self.predictors)
+        window = frames.shape[1] - steps
+        if min(lengths) <= steps:  # on every rank, or some would wait for those that stopped
+            raise ValueError(f"method.steps: {steps}, the views have {min(lengths)} frames; lower it or raise views.shortest")
+        pool = every_frame(frames, lengths)  # (N, D)
+        places = negative_places(batch.keys, lengths, steps, self.negatives, pool)  # (B, window, K)
         context = seen.tokens[:, :window]
         each = torch.stack(
             [
@@ -67,18 +67,38 @@ class CPC(Method):
         return StepOutput({"cpc": each.mean()}, health, encoder.pool(seen).detach())
 
 
-def negative_places(keys: Sequence[int], length: int, steps: int, count: int, pool: Tensor) -> Tensor:
+def rank_lengths(frames: Tensor) -> list[int]:
+    """How many frames the rows of each rank have; those of a stream are cut by each rank for itself. frames: (B, L, D)."""
+    length = frames.shape[1]
+    return [length] if world() == 1 else gather_rows(torch.tensor([length], device=frames.device)).tolist()
+
+
+def every_frame(frames: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(N, D) frames of all ranks in global order. Ranks exchange rows as long as the longest; what was filled up is left out.
+
+    Args:
+        frames: (B, L, D).  lengths: L of each rank.
+    """
+    most = max(lengths)
+    rows = gather(F.pad(frames, (0, 0, 0, most - frames.shape[1])))  # (W*B, most, D)
+    if min(lengths) == most:
+        return rows.flatten(0, 1)
+    own = torch.tensor(lengths, device=rows.device).repeat(len(frames))  # (W*B,)
+    return rows[torch.arange(most, device=rows.device) < own[:, None]]
+
+
+def negative_places(keys: Sequence[int], lengths: Sequence[int], steps: int, count: int, pool: Tensor) -> Tensor:
     """(B, L - steps, K) int64: for each context, uniform places in the pool, without the frames that it predicts.
 
     Args:
-        keys: B seeds, one a sample.  length: L.  pool: (W*B*L, D) frames of all ranks in global order.
+        keys: B seeds, one a sample.  lengths: L of each rank.  pool: (N, D) frames of all ranks in global order.
     """
-    context = torch.arange(length - steps, device=pool.device)[:, None]
-    places = torch.empty(len(keys), length - steps, count, dtype=torch.int64, device=pool.device)
+    context = torch.arange(lengths[rank()] - steps, device=pool.device)[:, None]
+    places = torch.empty(len(keys), len(context), count, dtype=torch.int64, device=pool.device)
     for row, key in enumerate(keys):
         draw = generator(key, "negatives", device=pool.device)
         drawn = torch.randint(len(pool) - steps, places.shape[1:], generator=draw, device=pool.device)
-        first = (row * world() + rank()) * length + context + 1  # to come
+        first = row * sum(lengths) + sum(lengths[: rank()]) + context + 1  # to come
         places[row] = drawn + steps * (drawn >= first)
     return places
 

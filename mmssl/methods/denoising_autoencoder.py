@@ -74,4 +74,5 @@ class DenoisingAutoencoder(Method):
         features = self.student.encoder.features
         corrupted, _, guess = self._guess(batch)
         truth = features.raw(batch.views[0].x)
-        return Rebuilt(truth, guess.to(truth.dtype), features.raw(corrupted.altered).any(-1))
+        hidden = features.raw(corrupted.altered).any(-1)
+        return Rebuilt(truth, guess.to(truth.dtype), hidden, features.raw(corrupted.x))

@@ -15,7 +15,7 @@ from mmssl.model.mask_token import Corruption, asked, check_corruption, corrupt
 from mmssl.model.positions import attention_bias, take_at
 from mmssl.model.transformer import Transformer
 from mmssl.parts import Network
-from mmssl.types import Batch, Clock, StepOutput
+from mmssl.types import Batch, Clock, Rebuilt, StepOutput, View
 
 
 class Generator(nn.Module):
@@ -85,13 +85,10 @@ class Electra(Method):
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """The generator fills hidden places with what it finds likely; the encoder judges every token."""
         (view,), encoder = batch.views, self.student.encoder
-        if view.mask is None:
-            raise ValueError("views.mask: electra needs masks")
+        gaps, places, logits = self._guess(view, batch)
+        assert view.mask is not None
         truth = view.x.repeat_interleave(view.copies, 0)  # (M*B, L)
-        gaps = corrupt(view, encoder.features, batch.keys, self.corruption)
-        places = asked(view.mask)
         counts, ids = view.mask.hidden.gather(1, places), truth.gather(1, places)  # (M*B, n)
-        logits = self.generator_head(take_at(self.generator(encoder.features(gaps.x), gaps.pad), places))  # (M*B, n, V)
         sampled = torch.where(counts, self._sample(logits, places, batch), ids)
         filled = gaps._replace(x=truth.scatter(1, places, sampled))
         replaced = filled.x != truth
@@ -115,6 +112,23 @@ class Electra(Method):
         }
         pooled = encoder.pool(seen).detach().unflatten(0, (len(batch.index), -1)).mean(1)  # (B, D)
         return StepOutput(terms, health, pooled)
+
+    def _guess(self, view: View, batch: Batch) -> tuple[View, Tensor, Tensor]:
+        """The view with gaps, the places to fill, (M*B, n), and the generator's logits of them, (M*B, n, V)."""
+        if view.mask is None:
+            raise ValueError("views.mask: electra needs masks")
+        features, places = self.student.encoder.features, asked(view.mask)
+        gaps = corrupt(view, features, batch.keys, self.corruption)
+        return gaps, places, self.generator_head(take_at(self.generator(features(gaps.x), gaps.pad), places))
+
+    @torch.no_grad()
+    def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt:
+        """What the generator finds most likely."""
+        (view,) = batch.views
+        gaps, places, logits = self._guess(view, batch)
+        assert view.mask is not None
+        truth = view.x.repeat_interleave(view.copies, 0)
+        return Rebuilt(truth, truth.scatter(1, places, logits.argmax(-1)), view.mask.hidden, gaps.x)
 
     @torch.no_grad()
     def _sample(self, logits: Tensor, places: Tensor, batch: Batch) -> Tensor:

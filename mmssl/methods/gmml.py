@@ -68,4 +68,4 @@ class GMML(Method):
         corrupted, _, guess = self._guess(batch)
         truth = features.raw(batch.views[0].x)
         hidden = features.raw(corrupted.altered.expand_as(corrupted.x)).any(-1)
-        return Rebuilt(truth, guess.to(truth.dtype), hidden)
+        return Rebuilt(truth, guess.to(truth.dtype), hidden, features.raw(corrupted.x))

@@ -36,7 +36,7 @@ class MLM(Method):
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Hidden tokens from all places."""
         (view,), encoder = batch.views, self.student.encoder
-        seen, places, logits = self._guess(view, batch)
+        _, seen, places, logits = self._guess(view, batch)
         assert view.mask is not None
         counts = view.mask.hidden.gather(1, places)  # (M*B, n)
         ids = take_at(view.x, places)
@@ -49,20 +49,21 @@ class MLM(Method):
         pooled = encoder.pool(seen).detach().unflatten(0, (len(batch.index), -1)).mean(1)  # (B, D)
         return StepOutput({"tokens": losses.masked_cross_entropy(logits, ids, counts)}, health, pooled)
 
-    def _guess(self, view: View, batch: Batch) -> tuple[Encoded, Tensor, Tensor]:
-        """All tokens, the places to speak of, (M*B, n), and their logits, (M*B, n, V)."""
+    def _guess(self, view: View, batch: Batch) -> tuple[Tensor, Encoded, Tensor, Tensor]:
+        """The ids that are seen, (M*B, L), all tokens, the places to speak of, (M*B, n), and their logits, (M*B, n, V)."""
         if view.mask is None:
             raise ValueError("views.mask: mlm needs masks")
         encoder = self.student.encoder
-        seen = encoder(corrupt(view, encoder.features, batch.keys, self.corruption))  # tokens (M*B, L, D)
+        corrupted = corrupt(view, encoder.features, batch.keys, self.corruption)
+        seen = encoder(corrupted)  # tokens (M*B, L, D)
         places = asked(view.mask)
-        return seen, places, self.head(take_at(seen.tokens, places))
+        return corrupted.x, seen, places, self.head(take_at(seen.tokens, places))
 
     @torch.no_grad()
     def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt:
         """The most likely tokens."""
         (view,) = batch.views
-        _, places, logits = self._guess(view, batch)
+        corrupted, _, places, logits = self._guess(view, batch)
         assert view.mask is not None
         truth = view.x.repeat_interleave(view.copies, 0)
-        return Rebuilt(truth, truth.scatter(1, places, logits.argmax(-1)), view.mask.hidden)
+        return Rebuilt(truth, truth.scatter(1, places, logits.argmax(-1)), view.mask.hidden, corrupted)

@@ -17,10 +17,11 @@ class MP3(Method):
     """Zhai et al. 2022, arXiv:2207.07611: without positions, and with few tokens as keys, tell where each token is from.
 
     The same tokens are keys in all layers. In a sequence of n tokens, token t is in class floor(t * places / n): with as many
-    classes as tokens, its place, and otherwise how far along it is, so that lengths may differ.
+    classes as tokens, its place, and otherwise how far along it is, so that lengths may differ and long sequences can do with
+    few classes. Frames of waves overlap by a fifth: which ones are next to each other can be heard.
     """
 
-    paper, family, modalities, coverage = "arXiv:2207.07611", "predictive", ("vision",), (103,)
+    paper, family, modalities, coverage = "arXiv:2207.07611", "predictive", ("vision", "speech", "spectrogram", "text"), (103,)
     normal = (Normal("encoder_std", 0.02, "collapsed: all tokens are alike"),)
 
     def __init__(self, encoder: Encoder, ratio: float = 0.75, places: AtLeast2 | None = None):
@@ -28,8 +29,12 @@ class MP3(Method):
         super().__init__()
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio: {ratio}, must be at least 0 and below 1: keys are the rest")
-        if not isinstance(encoder.positions, NoPositions):
+        if not isinstance(encoder, Encoder):
+            raise ValueError("model.backbone: mp3 asks tokens that know no places, which a backbone's do; leave it out")
+        if not isinstance(encoder.positions, NoPositions) or getattr(encoder.features, "placed", False):
             raise ValueError("model.positions: a model that knows places need not tell them from content; set it to none")
+        if encoder.transformer.causal:
+            raise ValueError("model.causal: true, a token could count those before it; set it to false")
         self.student = Network(encoder=encoder)
         self.places, self.ratio = places or encoder.features.length, ratio
         if self.places < 2:
@@ -62,6 +67,9 @@ class MP3(Method):
         return noise.argsort(1).argsort(1) < count
 
     def terms(self, batch: Batch) -> Tensor | None:
-        """Tokens that are not padding."""
-        pad = batch.views[0].pad
-        return None if pad is None else (~pad).sum()
+        """Tokens that are not padding; None of images, which are all as large."""
+        (view,), pads = batch.views, getattr(self.student.encoder.features, "pad", None)
+        if pads is None:
+            return None
+        pad = pads(view.x.new_ones(view.x.shape[:2], dtype=torch.int64)) if view.pad is None else view.pad
+        return (~pad).sum()

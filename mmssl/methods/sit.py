@@ -86,4 +86,4 @@ class SiT(JointEmbedding):
         corrupted, _, guess = self._guess(batch)
         truth = features.raw(batch.views[0].x)
         hidden = features.raw(corrupted.altered[:samples].expand_as(corrupted.x[:samples])).any(-1)
-        return Rebuilt(truth, guess[:samples].to(truth.dtype), hidden)
+        return Rebuilt(truth, guess[:samples].to(truth.dtype), hidden, features.raw(corrupted.x[:samples]))

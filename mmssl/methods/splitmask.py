@@ -10,7 +10,7 @@ from mmssl.model.encoder import Encoder, init_linear
 from mmssl.model.positions import take_at
 from mmssl.model.token_decoder import TokenDecoder, TokenDecoderOptions
 from mmssl.parts import Network
-from mmssl.parts.tokenizer import CodeTargets, Tokenizer, TokenizerOptions
+from mmssl.parts.tokenizer import CodeTargets, TokenizerOptions, tokenizer_of
 from mmssl.types import Batch, Clock, StepOutput
 
 SHALLOW = TokenDecoderOptions(dim=384, depth=2, heads=6)
@@ -41,7 +41,7 @@ class SplitMask(CodeTargets, Method):
         super().__init__()
         check_raw(encoder, ids=False)
         self.student = Network(encoder=encoder)
-        self.tokenizer = Tokenizer(encoder.features.raw_width, tokenizer)
+        self.tokenizer = tokenizer_of(encoder.features, tokenizer)
         self.decoder = TokenDecoder(encoder.dim, None, encoder.features.grid, decoder)
         self.head = nn.Linear(decoder.dim, tokenizer.codes)
         self.head.apply(init_linear)

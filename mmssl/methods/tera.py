@@ -52,5 +52,5 @@ class TERA(Method):
         """Tokens count as hidden where what the student sees is not what was there."""
         (view,), features = batch.views, self.student.encoder.features
         _, guess = self._guess(view)
-        truth = features.raw(view.record["clean"])
-        return Rebuilt(truth, guess.to(truth.dtype), (features.raw(view.x) != truth).any(-1))
+        truth, heard = features.raw(view.record["clean"]), features.raw(view.x)
+        return Rebuilt(truth, guess.to(truth.dtype), (heard != truth).any(-1), heard)

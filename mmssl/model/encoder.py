@@ -24,7 +24,8 @@ def features_of(modality: str):
     Such a module takes `dim` and its own options and maps View.x to (B, L, D). It has `input_name` (the model's keyword),
     `length` (L of the longest input), `grid` (shape of its tokens), `normed` (whether they come with norm and dropout),
     `mask_id` (the input that stands for a hidden token; None where features are replaced instead), `positions(heads, extra)`
-    (see `positions.py`) and, where inputs can be padded, `pad(attention_mask)`. Where a token's own input can be a target, it
+    (see `positions.py`) and, where inputs can be padded, `pad(attention_mask)`. Where features know their places by themselves,
+    `placed` is true. Where a token's own input can be a target, it
     has `raw(x)`, (B, L, n) values or (B, L) ids, and `raw_width`, how many values n or how many different ids.
     """
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.distributed import all_sum
+from mmssl.parts import dvae
 from mmssl.parts.kmeans import draw_rows, kmeans
 from mmssl.parts.part import Part
 from mmssl.parts.queue import keyed_rows
@@ -27,11 +28,16 @@ BLOCK = 1 << 24  # similarities held at once
 class TokenizerOptions:
     """How patches become codes."""
 
-    kind: Literal["kmeans", "random"] = "kmeans"  # clusters of the data's patches; or chance, which no stage must fit
+    kind: Literal["kmeans", "dvae", "random"] = "kmeans"  # clusters of patches, an autoencoder trained on the data, or chance
     codes: int = 8192
     dim: int = 16  # of random: width of the projection
     iterations: int = 20  # of kmeans
     patches: int = 200_000  # of kmeans: drawn from all samples, at least one from each
+    width: int = 128  # of dvae: channels of its convolutions
+    updates: int = 2000  # of dvae: before the first pass
+    batch: int = 64  # of dvae: images of an update
+    kl: float = 1e-3  # of dvae: weight of the divergence from codes used evenly, in nats a patch
+    memory: float = 4.0  # of dvae: GiB that all images may take, on each rank
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
@@ -41,7 +47,7 @@ class Tokenizer(Part):
 
     By k-means, codes are centroids of patches of the data, fitted before the first pass. By chance they are Gaussian directions
     of length 1, and patches are compared with them after a Gaussian projection (arXiv:2202.01855, section 3.1). Both are
-    buffers. They stand in for the learned tokenizer of arXiv:2106.08254.
+    buffers. They stand in for the learned tokenizer of arXiv:2106.08254; `AutoencoderTokenizer` is one.
     """
 
     codes: Tensor
@@ -54,7 +60,12 @@ class Tokenizer(Part):
             raise ValueError(f"tokenizer.codes: {options.codes}, must be between 2 and {1 << 17}")
         if min(options.dim, options.iterations, options.patches) < 1:
             raise ValueError("tokenizer: dim, iterations and patches must be at least 1")
+        if options.kind == "dvae" and (min(options.width, options.updates, options.batch) < 1 or options.kl < 0):
+            raise ValueError("tokenizer: width, updates and batch must be at least 1, kl at least 0")
         self.options, self.each, self.seed = options, 1, 0
+        self._build(width, options)
+
+    def _build(self, width: int, options: TokenizerOptions) -> None:
         random = options.kind == "random"
         self.register_buffer("codes", keyed_rows(options.codes, options.dim if random else width, "tokenizer"))
         draw = generator("tokenizer", "projection")
@@ -105,10 +116,88 @@ class Tokenizer(Part):
     @torch.no_grad()
     def use(self, found: Tensor) -> Tensor:
         """() how many codes are in use, exp of the entropy over the tokens of all ranks, as a share of all codes."""
-        counts = torch.zeros(len(self.codes), device=found.device, dtype=torch.float64)
+        counts = torch.zeros(self.options.codes, device=found.device, dtype=torch.float64)
         counts.scatter_add_(0, found.flatten(), torch.ones_like(found.flatten(), dtype=torch.float64))
         counts = all_sum(counts)
         return (torch.special.entr(counts / counts.sum()).sum().exp() / len(counts)).float()
+
+
+class AutoencoderTokenizer(Tokenizer):
+    """Codes of a small discrete autoencoder that is trained on all images before the first pass; its weights are buffers.
+
+    Unlike the other codes they depend on neighbouring patches, and can be decoded.
+    """
+
+    error: Tensor
+
+    def __init__(self, width: int, options: TokenizerOptions, grid: tuple[int, int]):
+        """grid: rows and columns of patches."""
+        self.grid = grid
+        super().__init__(width, options)
+
+    def _build(self, width: int, options: TokenizerOptions) -> None:
+        self.net: Any = dvae.frozen(dvae.DVAE(width, options.codes, options.width, self.grid))
+        self.values = width
+        self.register_buffer("error", torch.ones(()))
+
+    def attach(self, samples: int, length: int, seed: int) -> None:
+        """Told the size of the data. Raises: ValueError if the images take more memory than they may."""
+        size = samples * length * self.values * 4 / 2**30
+        if size > self.options.memory:
+            raise ValueError(
+                f"tokenizer.memory: {self.options.memory:g} GiB, the {samples} images take {size:.3g} GiB; raise it, learn "
+                "from fewer with data.limit, or take tokenizer.kind=kmeans"
+            )
+        self.each, self.seed = length, seed
+
+    @torch.no_grad()
+    def sample(self, patches: Tensor) -> Tensor:
+        """(B, L, n) to (B, L*n): all patches of each sample."""
+        return patches.flatten(1)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> None:
+        """Train on `sample` of all samples, (N, L*n), the same on all ranks."""
+        like = next(self.net.buffers())
+        images, how = rows.unflatten(1, (self.each, -1)).to(like.dtype), self.options
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+            trained = dvae.DVAE(self.values, how.codes, how.width, self.grid).to(like)
+        trained.load_state_dict(self.net.state_dict())
+        dvae.train(trained, images, dvae.Training(how.updates, how.batch, how.kl), self.seed)
+        self.net.load_state_dict(trained.state_dict())
+        some = images[:1024]
+        left = (self.decode(self(some)) - some).square().sum() / (some - images.mean(0)).square().sum()
+        self.error.copy_(left)
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor) -> Tensor:
+        """Codes, int64, without gradient."""
+        with torch.autocast(patches.device.type, enabled=False):
+            blocks = patches.to(next(self.net.buffers()).dtype).split(self._rows(patches))
+            return torch.cat([self.net.encode(block).argmax(-1) for block in blocks])
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, L) codes to what they stand for, (B, L, n)."""
+        like = next(self.net.buffers())
+        with torch.autocast(codes.device.type, enabled=False):
+            blocks = codes.split(self._rows(codes))
+            return torch.cat([self.net.decode(F.one_hot(block, self.options.codes).to(like.dtype)) for block in blocks])
+
+    def _rows(self, patches: Tensor) -> int:
+        """Images at once."""
+        return max(1, BLOCK // (self.options.codes * patches.shape[1]))
+
+    def health(self, clock: Clock) -> dict[str, float]:
+        """Variance that codes leave unexplained, as a share of that around the mean image; 1 before training."""
+        return {"code_error": float(self.error)}
+
+
+def tokenizer_of(features: Any, options: TokenizerOptions) -> Tokenizer:
+    """The one of that kind, for the patches of an encoder. Raises: ValueError that begins with the option that is wrong."""
+    if options.kind == "dvae":
+        return AutoencoderTokenizer(features.raw_width, options, features.grid)
+    return Tokenizer(features.raw_width, options)
 
 
 class CodeTargets(nn.Module):
@@ -124,7 +213,7 @@ class CodeTargets(nn.Module):
 
     def needs_description(self, clock: Clock) -> bool:
         """Before the first pass, if codes are fitted."""
-        return self.tokenizer.options.kind == "kmeans" and clock.epoch == 0
+        return self.tokenizer.options.kind != "random" and clock.epoch == 0
 
     def describe(self, view: View) -> Tensor:
         """(B, m*n) some patches of each sample."""

@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe
@@ -20,7 +22,9 @@ from mmssl.errors import RecipeError
 
 T = TypeVar("T")
 
-DDP_SECONDS = 4 * 3600  # the main process may tokenise a corpus, or read all headers, while the others wait
+# The main process may tokenise a corpus, or read all headers, while the others wait; and of all samples that are described, one
+# rank may be done long before the other.
+DDP_SECONDS = 4 * 3600
 
 
 def out(recipe: Recipe) -> Path:
@@ -53,6 +57,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     import_deepspeed()
     processes = launched()
     micro, accumulation = batch_split(recipe, processes)
+    if cpu and processes > 1 and not deepspeed and not dist.is_initialized():
+        # The Trainer hands its time-out to groups with GPUs only; without them they would give up after half an hour.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=DDP_SECONDS))
     arguments = TrainingArguments(
         output_dir=str(out(recipe)),
         max_steps=recipe.train.steps or 1,  # replaced once the data are known

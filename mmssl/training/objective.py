@@ -88,7 +88,7 @@ class Objective(nn.Module):
             return {"described": self.method.describe(batch.views[0]).float()}
         if rebuild:
             found = self.method.rebuild(batch, clock or Clock())
-            return {} if found is None else found._asdict()
+            return {} if found is None else {name: t for name, t in found._asdict().items() if t is not None}
         if clock is None:
             embedding, local = self.method.student.encoder.inspect(batch.views[0])
             out = {"embedding": embedding.float(), "local": local.float()}

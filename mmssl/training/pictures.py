@@ -9,6 +9,7 @@ import torch
 from mmssl.data.dataset import KeyedDataset
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import Source
+from mmssl.evaluate.features import Sets
 from mmssl.methods import Method
 from mmssl.random import row_keys
 from mmssl.registry import Modality, Views
@@ -20,16 +21,21 @@ SAMPLES = 8
 
 
 class Pictures:
-    """The same few samples under the same masks whenever probes are taken: `report/rebuilt-STEP.png`."""
+    """The same few samples under the same masks whenever probes are taken: `report/rebuilt-STEP.png`.
 
-    def __init__(self, source: Source, kind: Modality, views: Views, folder: RunFolder, seed: int):
+    They are of the split that probes classify, if there is one of its own, and otherwise of the data that are learned from.
+    """
+
+    def __init__(self, source: Source, sets: Sets | None, kind: Modality, views: Views, folder: RunFolder, seed: int):
+        test = None if sets is None or sets.name == "heldout" else sets.test
+        self.held = None if test is None else test.data
         self.source, self.kind, self.views, self.folder, self.seed = source, kind, views, folder, seed
         self.batch: dict[str, torch.Tensor] = {}
 
     def draw(self, trainer: SelfSupervisedTrainer) -> None:
         """A collective, since weights may be sharded. Nothing if the method rebuilds nothing, or nothing that can be drawn."""
         method = trainer.objective.method
-        if self.kind.draw is None or type(method).rebuild is Method.rebuild or self.source.streaming:
+        if self.kind.draw is None or type(method).rebuild is Method.rebuild or not self._samples():
             return
         self.batch = self.batch or self._batch()
         model: Any = trainer.model_wrapped
@@ -46,9 +52,15 @@ class Pictures:
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
 
+    def _samples(self) -> bool:
+        """Whether there are any that can be found again: rows of a stream cannot."""
+        return self.held is not None or not self.source.streaming
+
     def _batch(self) -> dict[str, torch.Tensor]:
         """Samples spread over the data, as the first pass sees them; bad ones are replaced and not counted."""
-        data = KeyedDataset(self.source, self.kind, self.views, self.seed, Quarantine(None, 1.0, 1_000_000))
-        places = torch.linspace(0, self.source.size - 1, min(SAMPLES, self.source.size)).long().unique()
-        batch = data.collate([data[0, place] for place in places.tolist()])
+        source = self.source if self.held is None else self.held.source
+        places = range(source.size) if self.held is None else self.held.indices
+        data = KeyedDataset(source, self.kind, self.views, self.seed, Quarantine(None, 1.0, 1_000_000))
+        chosen = torch.linspace(0, len(places) - 1, min(SAMPLES, len(places))).long().unique()
+        batch = data.collate([data[0, places[place]] for place in chosen.tolist()])
         return {name: tensor for name, tensor in batch.items() if name != "label"}

@@ -115,7 +115,7 @@ class Run:
         if folder.is_main and not resume:  # each rank has surveyed the same samples, and a checkpoint has counted them
             data.rejected.hand_over(self.quarantine)
         self.probes = Probes(recipe, kind, views, source.streaming, folder)
-        self.pictures = Pictures(source, kind, views, folder, recipe.train.seed)
+        self.pictures = Pictures(source, self.probes.sets, kind, views, folder, recipe.train.seed)
         classes, source = self.probes.labels(data)
         if source.streaming:
             self.dataset: Any = None

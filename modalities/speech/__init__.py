@@ -36,6 +36,11 @@ DEFAULTS = {
         "model": {**MODEL, "norm": "pre", "causal": True, "position_layers": 1, "position_kernel": 1},
         "views": {"normalise": False, "longest": 1.28, "shortest": 1.28},
     },
+    "mp3": {
+        "model": {**MODEL, "norm": "pre", "alibi": False, "positions": "none"},
+        "method": {"ratio": 0.5, "places": 100},
+        "views": {"longest": 4.0, "shortest": 1.0},
+    },
 }
 # Short crops: the shortest sample of an update is as long as its views, and longer ones give two that hardly overlap.
 DEFAULTS |= {name: {"model": MODEL, "views": {"crops": "pair", "longest": 4.0, "shortest": 1.0}} for name in JOINT}

@@ -64,7 +64,7 @@ def to_native(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[Any, dic
         return None
     if config.norm_eps != 1e-5:
         return None  # its feature projection shares the eps of the blocks, ours is that of torch
-    if extra.positions == "stack" and (config.norm, extra.conv_norm) != ("post", "layer"):
+    if extra.positions == "none" or (extra.positions == "stack" and (config.norm, extra.conv_norm) != ("post", "layer")):
         return None
     shared: dict[str, Any] = {
         "hidden_size": config.hidden_size,

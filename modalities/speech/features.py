@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.model.encoder import features_of
-from mmssl.model.positions import Alibi, ConvPositions, SingleConvPositions
+from mmssl.model.positions import Alibi, ConvPositions, NoPositions, SingleConvPositions
 
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
 
@@ -29,7 +29,7 @@ class SpeechFeatures(nn.Module):
             too: features then depend on how far a sample is padded, so batches must be cut to equal lengths.
         conv_bias: whether convolutions have biases (wav2vec 2.0 and HuBERT large).
         positions: stack, the convolutions of data2vec; single, the wide one of wav2vec 2.0 and HuBERT, whose position_kernel
-            is 128.
+            is 128; none, with `alibi=false`.
         position_layers: of a stack.
         alibi: whether attention falls with distance (data2vec 2.0).
     """
@@ -45,7 +45,7 @@ class SpeechFeatures(nn.Module):
         conv_channels: int = 512,
         conv_norm: Literal["layer", "group"] = "layer",
         conv_bias: bool = False,
-        positions: Literal["stack", "single"] = "stack",
+        positions: Literal["stack", "single", "none"] = "stack",
         position_layers: int = 5,
         position_kernel: int = 19,
         position_groups: int = 16,
@@ -59,7 +59,9 @@ class SpeechFeatures(nn.Module):
                 raise ValueError(f"{name}: {value}, must be between 1 and {1 << 10}")
         if position_groups < 1 or dim % position_groups:
             raise ValueError(f"position_groups: {position_groups} groups must divide hidden_size {dim}")
-        self.dim, self.conv_norm, self.single, self.alibi = dim, conv_norm, positions == "single", alibi
+        if positions == "none" and alibi:
+            raise ValueError("alibi: true, attention would know distances where positions=none; set model.alibi=false")
+        self.dim, self.conv_norm, self.kind, self.alibi = dim, conv_norm, positions, alibi
         self.position_layers, self.position_kernel, self.position_groups = position_layers, position_kernel, position_groups
         self.grid = (self.frames(20 * self.sample_rate),)
         self.length = self.grid[0]
@@ -92,9 +94,11 @@ class SpeechFeatures(nn.Module):
         return places >= valid[:, None]
 
     def positions(self, heads: int, extra: int) -> nn.Module:
-        """Convolutional positions, with biases that grow with distance if `alibi`."""
+        """Convolutional positions, with biases that grow with distance if `alibi`; or none."""
+        if self.kind == "none":
+            return NoPositions()
         bias = Alibi(heads, extra) if self.alibi else None
-        if self.single:
+        if self.kind == "single":
             return SingleConvPositions(self.dim, self.position_kernel, self.position_groups, bias)
         return ConvPositions(self.dim, self.position_layers, self.position_kernel, self.position_groups, bias)
 

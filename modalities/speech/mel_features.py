@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from mmssl.model.encoder import features_of
-from mmssl.model.positions import SinCos2d, take
+from mmssl.model.positions import NoPositions, SinCos2d, take
 from mmssl.types import Mask
 
 
@@ -23,6 +25,7 @@ class MelFeatures(nn.Module):
         patch_frames: frames of a patch.
         patch_bands: bands of a patch; all of them if None.
         mean, std: of the cells of a data set, which become 0 and 1; for spectrograms that are not normalised one by one.
+        positions: fixed sine-cosine ones, or none.
         position_scale: factor of the fixed positions.
     """
 
@@ -39,6 +42,7 @@ class MelFeatures(nn.Module):
         mean: float = 0.0,
         std: float = 1.0,
         position_scale: float = 1.0,
+        positions: Literal["sincos", "none"] = "sincos",
     ):
         super().__init__()
         if not 4 <= bands <= 256:
@@ -56,7 +60,7 @@ class MelFeatures(nn.Module):
         if position_scale < 0:
             raise ValueError(f"position_scale: {position_scale}, must be at least 0")
         self.dim, self.bands, self.frames, self.patch_frames = dim, bands, frames, patch_frames
-        self.mean, self.std, self.position_scale = mean, std, position_scale
+        self.mean, self.std, self.position_scale, self.kind = mean, std, position_scale, positions
         self.columns = bands // self.patch_bands
         rows = frames // patch_frames
         self.grid = (rows,) if self.columns == 1 else (rows, self.columns)
@@ -66,7 +70,9 @@ class MelFeatures(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def positions(self, heads: int, extra: int) -> nn.Module:
-        """Fixed sine-cosine positions: interleaved in a sequence, of time and band in a grid."""
+        """Fixed sine-cosine positions: interleaved in a sequence, of time and band in a grid; or none."""
+        if self.kind == "none":
+            return NoPositions()
         if self.columns == 1:
             table = interleaved(self.length, self.dim)
         else:

@@ -14,14 +14,18 @@ STOPS = torch.tensor([[0.0, 0.0, 0.1], [0.4, 0.1, 0.5], [0.9, 0.3, 0.3], [1.0, 0
 
 
 def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
-    """A column a sample, low bands below: the log-mel spectrogram, what was seen of it, and what was made of the rest."""
+    """A column a sample, low bands below: the log-mel spectrogram, what was seen of it or instead of it, and what was made of
+    the rest.
+    """
     hidden = rebuilt.hidden[..., None]
-    blank = features.unraw(hidden.expand_as(rebuilt.truth).float()) > 0  # (R, T, F)
-    truth, guess = (features.unraw(each.float()) for each in (rebuilt.truth, torch.where(hidden, rebuilt.guess, rebuilt.truth)))
+    heard = rebuilt.truth if rebuilt.seen is None else rebuilt.seen
+    each = rebuilt.truth, heard, torch.where(hidden, rebuilt.guess, rebuilt.truth)
+    truth, seen, guess = (features.unraw(cells.float()) for cells in each)  # (R, T, F)
     low, high = truth.quantile(0.01), truth.quantile(0.99)
-    rows = torch.stack([truth, truth, guess]).sub(low).div((high - low).clamp(min=1e-6)).clamp(0, 1)
+    rows = torch.stack([truth, seen, guess]).sub(low).div((high - low).clamp(min=1e-6)).clamp(0, 1)
     colours = _coloured(rows)  # (3, R, T, F, 3)
-    colours[1][blank] = 0.5
+    if rebuilt.seen is None:
+        colours[1][features.unraw(hidden.expand_as(rebuilt.truth).float()) > 0] = 0.5
     sheet = colours.flip(3).transpose(2, 3)  # (3, R, F, T, 3)
     times = -(-TALLEST // sheet.shape[2])
     sheet = sheet.repeat_interleave(times, 2).repeat_interleave(times, 3)

@@ -40,6 +40,11 @@ DEFAULTS = {
         "model": {"extra_tokens": 0, "causal": True, "norm": "pre", **AUDIOSET},
         "views": {"normalise": False, "longest": 1.28, "shortest": 1.28},  # a mean over time would tell what comes
     },
+    "mp3": {
+        "model": {"extra_tokens": 0, "norm": "pre", "frames": 400, "patch_frames": 4, "positions": "none"},
+        "method": {"ratio": 0.5, "places": 100},
+        "views": {"shortest": 1.0},
+    },
 }
 
 

@@ -43,6 +43,11 @@ DEFAULTS |= {
     name: {"model": MODEL, "views": {"mask": {"kind": "token", "ratio": 0.15, "copies": 1}}} for name in ("mlm", "electra")
 }
 DEFAULTS["mae"] = {"model": MODEL, "views": {"mask": {"ratio": 0.5, "copies": 1}}}
+DEFAULTS["mp3"] = {
+    "model": MODEL | {"norm": "pre", "positions": "none"},
+    "method": {"ratio": 0.5, "places": 64},
+    "views": {"pack": False},
+}
 DEFAULTS["causal_lm"] = {"model": MODEL | {"norm": "pre", "activation": "gelu_tanh", "causal": True}}
 # Dropout of the model makes views differ in addition, as in SimCSE, for which views.crops is `dropout`.
 DEFAULTS |= {

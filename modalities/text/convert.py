@@ -37,6 +37,8 @@ def to_native(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[Any, dic
     if config.norm != "post" or config.extra_tokens or config.layer_scale or not plain(config):
         return None
     extra = options(config)
+    if extra.positions == "none":
+        return None
     native = (BertConfig if extra.count_padding else RobertaConfig)(
         **native_shape(config),
         vocab_size=extra.vocab_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,8 @@ class TextFeatures(nn.Module):
     """Token and learned position embeddings, layer norm, dropout, as in RoBERTa or BERT. (B, L) ids -> (B, L, D).
 
     Position ids begin at `pad_token_id + 1` and count tokens that are not padding; padding has the row `pad_token_id`. With
-    `count_padding` they begin at 0 and count all, as in BERT. Of `token_types` kinds of tokens, all are of the first.
+    `count_padding` they begin at 0 and count all, as in BERT. With `positions` none there are none. Of `token_types` kinds of
+    tokens, all are of the first.
 
     Where places are drawn as large as tokens (`position_std` 0.02), half of what an untrained network says of a token is its
     place. A teacher whose targets can be told by place alone teaches nothing else in a short run: draw them smaller.
@@ -37,6 +40,7 @@ class TextFeatures(nn.Module):
         position_std: float = 0.02,
         count_padding: bool = False,
         token_types: int = 0,
+        positions: Literal["learned", "none"] = "learned",
     ):
         super().__init__()
         if vocab_size is None:
@@ -58,10 +62,11 @@ class TextFeatures(nn.Module):
         self.bos_token_id, self.eos_token_id, self.mask_id = bos_token_id, eos_token_id, mask_token_id
         self.grid, self.length = (max_tokens,), max_tokens
         self.tokens = nn.Embedding(vocab_size, dim, pad_token_id)
-        self.count_padding = count_padding
-        self.places = (
-            nn.Embedding(max_tokens, dim) if count_padding else nn.Embedding(max_tokens + pad_token_id + 1, dim, pad_token_id)
-        )
+        self.count_padding, self.placed = count_padding, positions == "learned"
+        self.places = None
+        if self.placed:
+            rows = (max_tokens, dim) if count_padding else (max_tokens + pad_token_id + 1, dim, pad_token_id)
+            self.places = nn.Embedding(*rows)
         self.types = nn.Embedding(token_types, dim) if token_types else None
         self.norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(input_dropout)
         with torch.no_grad():
@@ -85,17 +90,19 @@ class TextFeatures(nn.Module):
         return attention_mask == 0
 
     def positions(self, heads: int, extra: int) -> nn.Module:
-        """They are in the features already."""
+        """They are in the features already, if there are any."""
         return NoPositions()
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up."""
         if x.shape[1] > self.max_tokens:
-            raise ValueError(f"{x.shape[1]} tokens; the position table has {self.max_tokens} (model.max_tokens)")
+            raise ValueError(f"{x.shape[1]} tokens; the longest input has {self.max_tokens} (model.max_tokens)")
         tokens = self.tokens(x)
         if self.types is not None:
             tokens = tokens + self.types(torch.zeros_like(x))
-        return self.dropout(self.norm(tokens + self.places(self._place(x))))
+        if self.places is not None:
+            tokens = tokens + self.places(self._place(x))
+        return self.dropout(self.norm(tokens))
 
     def _place(self, x: Tensor) -> Tensor:
         """(B, L), or (1, L) where padding counts."""

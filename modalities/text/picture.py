@@ -2,54 +2,98 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
 
 from mmssl.types import Rebuilt
 
-WIDTH, TOKENS = 110, 160  # characters of a line, tokens of a sample
+WIDTH, TOKENS, LEAST = 110, 100, 8  # characters of a line; tokens of a sample; characters that a guess may have
+SIZE, LINE, MARGIN = 12, 16, 8  # pixels: of letters, from line to line, around all
+BLACK, GREY, MARKED, RIGHT, WRONG = "#000000", "#808080", "#dcdcdc", "#007d2a", "#c4001d"
 
 
-def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Any:
-    """Each text with its hidden tokens in brackets, `[guess|truth]` where the guess is wrong; a figure with `save`."""
-    texts = []
-    for truth, guess, hidden in zip(rebuilt.truth.tolist(), rebuilt.guess.tolist(), rebuilt.hidden.tolist()):
-        words = []
-        for own, said, unseen in list(zip(truth, guess, hidden))[:TOKENS]:
+class Cell(NamedTuple):
+    """A token, and below it what was seen and said in its place."""
+
+    own: str
+    seen: str  # "" where it was seen as it is, or not at all
+    said: str  # "" where nothing was asked
+    right: bool
+    gap: int  # characters before it
+
+    @property
+    def width(self) -> int:
+        """In characters, whatever was said, so that pictures of one sample are laid out alike."""
+        return self.gap + max(len(self.own), LEAST if self.said else 1)
+
+
+def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
+    """The text, hidden tokens on grey. Below them, in grey, what was seen in their places where it was something else; and what
+    was guessed, green if right, red if wrong.
+    """
+    lines = 2 + (rebuilt.seen is not None)
+    texts = [[*wrapped(cells)] for cells in _cells(rebuilt, views, features)]
+    font = ImageFont.truetype(str(_font()), SIZE)
+    step = font.getlength("0")
+    height = sum(len(rows) * (lines * LINE + LINE // 2) + LINE // 2 for rows in texts)
+    sheet = Image.new("RGB", (round(WIDTH * step) + 2 * MARGIN, height + 2 * MARGIN), "white")
+    pen, top = ImageDraw.Draw(sheet), MARGIN
+    for rows in texts:
+        for row in rows:
+            place = 0
+            for cell in row:
+                left = MARGIN + (place + cell.gap) * step
+                if cell.said:
+                    pen.rectangle((left, top, left + len(cell.own) * step, top + LINE - 2), fill=MARKED)
+                pen.text((left, top), cell.own, BLACK, font)
+                room = cell.width - cell.gap
+                pen.text((left, top + LINE), _cut(cell.seen, room), GREY, font)
+                pen.text((left, top + (lines - 1) * LINE), _cut(cell.said, room), RIGHT if cell.right else WRONG, font)
+                place += cell.width
+            top += lines * LINE + LINE // 2
+        top += LINE // 2
+    return sheet
+
+
+def _cells(rebuilt: Rebuilt, views: Any, features: Any) -> Iterator[list[Cell]]:
+    """Those of each sample."""
+    known = rebuilt.truth if rebuilt.seen is None else rebuilt.seen
+    for rows in zip(*(each.tolist() for each in (rebuilt.truth, known, rebuilt.guess, rebuilt.hidden))):
+        cells = []
+        for own, seen, said, hidden in list(zip(*rows))[:TOKENS]:
             if own != features.pad_token_id:
-                words.append(_shown(views.tokenizer, own, said) if unseen else _piece(views.tokenizer, own))
-        texts.append("".join(words).strip())
-    return _page([line for text in texts for line in [*_wrapped(text), ""]])
+                shown = [_piece(views.tokenizer, one) for one in (own, seen, said)]
+                gap = int(bool(views.pieces.opens[own]) and bool(cells))
+                cells.append(Cell(shown[0], shown[1] if seen != own else "", shown[2] if hidden else "", own == said, gap))
+        yield cells
 
 
 def _piece(tokenizer: Any, token: int) -> str:
-    """As it stands in running text."""
+    """Without the marks of where words begin; at least one character."""
     piece = tokenizer.convert_ids_to_tokens(token)
-    return piece.replace("\u2581", " ").replace("\u0120", " ").removeprefix("##")
+    return piece.replace("\u2581", " ").replace("\u0120", " ").removeprefix("##").strip() or "_"
 
 
-def _shown(tokenizer: Any, own: int, said: int) -> str:
-    right, guess = _piece(tokenizer, own), _piece(tokenizer, said)
-    gap = " " if right.startswith(" ") else ""
-    return f"{gap}[{right.strip()}]" if own == said else f"{gap}[{guess.strip()}|{right.strip()}]"
+def wrapped(cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Rows that fit the width; one at least."""
+    row: list[Cell] = []
+    for cell in cells:
+        if row and sum(other.width for other in row) + cell.width > WIDTH:
+            yield row
+            row, cell = [], cell._replace(gap=0)
+        row.append(cell)
+    yield row
 
 
-def _wrapped(text: str) -> list[str]:
-    return [text[i : i + WIDTH] for i in range(0, max(len(text), 1), WIDTH)]
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1] + "\u2026"
 
 
-class _Sheet:
-    """A matplotlib figure that saves as pictures do."""
+def _font() -> Path:
+    """DejaVu Sans Mono, which comes with matplotlib."""
+    import matplotlib
 
-    def __init__(self, figure: Any):
-        self.figure = figure
-
-    def save(self, path: Any) -> None:
-        self.figure.savefig(path, dpi=90)
-
-
-def _page(lines: list[str]) -> _Sheet:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH * 0.075, 0.17 * len(lines) + 0.3), facecolor="white")
-    figure.text(0.01, 0.99, "\n".join(lines), family="monospace", size=8, va="top", parse_math=False)
-    return _Sheet(figure)
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"

@@ -18,6 +18,7 @@ class Palette(nn.Module):
     Colours are values of normalised pixels. They are not trained: a method finds them before it begins.
     """
 
+    measured = ("colours",)  # buffers that a method measures of the data before training
     colours: Tensor
 
     def __init__(self, count: int, channels: int, dim: int):

@@ -15,16 +15,19 @@ GAP, SHORTEST, GREY = 2, 64, 0.5  # pixels between images; least side of an imag
 
 
 def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
-    """A column a sample: the image, what was seen of it, and what was made of the rest."""
+    """A column a sample: the image, what was seen of it or instead of it, and what was made of the rest."""
     hidden = rebuilt.hidden[..., None]
     mean, std = (torch.as_tensor(np.asarray(each) / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
 
     def shown(patches: Tensor) -> Tensor:  # (R, C, H, W) in 0..1
         return features.unraw(patches.float()) * std + mean
 
-    blank = features.unraw(hidden.expand_as(rebuilt.truth).float()) > 0
     whole = shown(rebuilt.truth)
-    rows = [whole, whole.masked_fill(blank, GREY), shown(torch.where(hidden, rebuilt.guess, rebuilt.truth))]
+    if rebuilt.seen is None:
+        seen = whole.masked_fill(features.unraw(hidden.expand_as(rebuilt.truth).float()) > 0, GREY)
+    else:
+        seen = shown(rebuilt.seen)
+    rows = [whole, seen, shown(torch.where(hidden, rebuilt.guess, rebuilt.truth))]
     times = -(-SHORTEST // whole.shape[-1])
     grid = torch.stack(rows).clamp(0, 1).repeat_interleave(times, -1).repeat_interleave(times, -2)  # (3, R, C, H, W)
     framed = torch.nn.functional.pad(grid, (0, GAP, 0, GAP), value=1.0)

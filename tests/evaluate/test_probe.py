@@ -9,7 +9,7 @@ from transformers import RobertaConfig, RobertaModel, ViTConfig, ViTModel, Wav2V
 from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.evaluate import probe as module
-from mmssl.evaluate.probe import _runner, inputs_of, modality_of
+from mmssl.evaluate.probe import _runner, inputs_of, modality_of, untrained
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
 from mmssl.registry import Modality
@@ -241,3 +241,23 @@ def test_the_help_names_every_protocol():
 
     named = probe.__doc__.split("regression: ")[1].split(". ")[0].replace("\n", " ")
     assert named.split(", ") == [*PROTOCOLS]
+
+
+def test_an_untrained_network_keeps_what_was_measured_of_data(seeded):
+    shape = {"image_size": 4, "patch_size": 1, "palette": 5, "hidden_size": 16, "depth": 1, "heads": 2}
+    network = MmsslModel(MmsslConfig(modality="vision", **shape))
+    own = network.encoder.features.palette
+    own.colours.copy_(torch.randn(5, 3))
+    fresh = [untrained(network, seed).encoder for seed in (1, 1, 2)]
+    assert all(torch.equal(one.features.palette.colours, own.colours) for one in fresh)
+    weights = [one.features.palette.embed.weight for one in (network.encoder, *fresh)]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[3])
+
+
+def test_running_statistics_of_a_trained_network_are_not_kept(seeded):
+    network = torch.nn.BatchNorm1d(3)
+    network.config = 3
+    network.running_mean += 1.0
+    assert not bool(untrained(network, 0).running_mean.any())

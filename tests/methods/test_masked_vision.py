@@ -418,7 +418,7 @@ def test_splitmask_s_halves_partition_the_patches_and_say_each_other_s_codes():
 REFUSED = [
     ("beit", "method.tokenizer={codes: 1}", r"method\.tokenizer\.codes: 1, must be between 2"),
     ("beit", "method.tokenizer={dim: 0}", r"method\.tokenizer: dim, iterations and patches must be at least 1"),
-    ("beit", "method.tokenizer={kind: dvae}", r"method\.tokenizer\.kind: found 'dvae'"),
+    ("beit", "method.tokenizer={kind: vqgan}", r"method\.tokenizer\.kind: found 'vqgan'"),
     ("cae", "method.alignment=-1", r"method\.alignment: .*(must|should) (be|lie)"),
     ("cae", "method.regressor={heads: 5}", r"method\.regressor: heads 5 must divide hidden_size"),
     ("splitmask", "method.temperature=0", r"method\.temperature: .*(must|should) (be|lie)"),

@@ -1,7 +1,9 @@
 """I-JEPA, MP3 and image GPT against their definitions; what all methods must keep is in `test_masked_teachers.py`."""
 
+import math
 import sys
 import types
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from mmssl.config import Recipe
 from mmssl.errors import RecipeError
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
+from mmssl.model.configuration import MmsslConfig
+from mmssl.model.encoder import Encoder
 from mmssl.model.token_decoder import TokenDecoderOptions
+from mmssl.registry import modality
 from mmssl.types import Batch, Clock, View
 from tests.losses.cases import MASKED
 from tests.methods.test_masked_teachers import OPTIONS, SAMPLES, batch_of, begin, build, drawn, encoder
@@ -124,6 +129,79 @@ def test_mp3_places_are_relative_where_lengths_differ():
     wanted = sum(nats[t // 4] for t in range(16)) + sum(nats[t * 4 // 10] for t in range(10))
     assert_close(out.losses["places"], wanted / 26, rtol=1e-9, atol=0)
     assert float(out.health["accuracy"]) == pytest.approx((4 + 2) / 26)
+
+
+SOUND_AND_TEXT = {
+    "speech": {"positions": "none", "alibi": False, "conv_channels": 8},
+    "spectrogram": {"positions": "none", "bands": 8, "frames": 64, "patch_frames": 2},
+    "text": {"positions": "none", "vocab_size": 50, "max_tokens": 16},
+}
+
+
+def heard(kind, **options):
+    """MP3 on sound or text, and a view of ten tokens for each of four samples."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "depth": 2, "heads": 2, "norm": "pre", "extra_tokens": 0} | SOUND_AND_TEXT[kind]
+    method = METHODS["mp3"](Encoder.from_config(MmsslConfig(modality=kind, **shape)), **({"places": 5} | options)).double()
+    x = {
+        "speech": drawn(0, 4, 400 + 9 * 320),
+        "spectrogram": drawn(0, 4, 20, 8),
+        "text": torch.randint(2, 50, (4, 10), generator=torch.Generator().manual_seed(0)),
+    }
+    return method, Batch([View(x[kind], kind)], torch.arange(4), (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", SOUND_AND_TEXT)
+def test_mp3_places_sound_and_text_in_bins(kind):
+    """Ten tokens in five classes are two each, which zero weights and these biases tell apart."""
+    method, batch = heard(kind)
+    assert method(batch, Clock()).losses["places"].item() == pytest.approx(math.log(5), rel=0.05)
+    method.head.weight.data.zero_()
+    method.head.bias.data = torch.arange(5.0, dtype=torch.float64)
+    out = method(batch, Clock())
+    assert_close(out.losses["places"], -method.head.bias.log_softmax(0).mean(), rtol=1e-9, atol=0)
+    assert float(out.health["accuracy"]) == pytest.approx(0.2)
+    assert int(method.terms(batch)) == 40
+    pad = torch.arange(10) >= torch.tensor([10, 4, 10, 1])[:, None]
+    assert int(method.terms(batch._replace(views=[batch.views[0]._replace(pad=pad)]))) == 25
+
+
+@pytest.mark.parametrize("kind", SOUND_AND_TEXT)
+def test_features_without_positions_do_not_tell_places(kind):
+    method, batch = heard(kind)
+    x, step = batch.views[0].x, {"speech": 320, "spectrogram": 2, "text": 1}[kind]
+    encoder = method.student.encoder
+    assert_close(encoder.features(x[:, 3 * step :]), encoder.features(x)[:, 3:], rtol=1e-9, atol=1e-12)
+    tokens, bias = encoder.positions(encoder.features(x))
+    assert bias is None
+    assert torch.equal(tokens, encoder.features(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "text"),
+    [
+        ("speech", {"positions": "stack"}, r"model\.positions: a model that knows places"),
+        ("speech", {"alibi": True}, r"alibi: true, attention would know distances"),
+        ("spectrogram", {"positions": "sincos"}, r"model\.positions: a model that knows places"),
+        ("text", {"positions": "learned"}, r"model\.positions: a model that knows places"),
+        ("text", {"causal": True}, r"model\.causal: true, a token could count"),
+    ],
+)
+def test_mp3_refuses_models_that_know_places(kind, change, text):
+    shape = {"hidden_size": 16, "depth": 1, "heads": 2, "extra_tokens": 0} | SOUND_AND_TEXT[kind] | change
+    with pytest.raises(ValueError, match=text):
+        METHODS["mp3"](Encoder.from_config(MmsslConfig(modality=kind, **shape)))
+
+
+@pytest.mark.parametrize("kind", ["speech", "text"])
+def test_models_without_positions_have_no_class_of_transformers(kind):
+    native = import_module(modality(kind).native)
+    shape = {"hidden_size": 16, "depth": 1, "heads": 2, "extra_tokens": 0, "norm_eps": 1e-5} | SOUND_AND_TEXT[kind]
+    with_positions = {"positions": "stack" if kind == "speech" else "learned"}
+    for change, found in (({}, False), (with_positions, True)):
+        config = MmsslConfig(modality=kind, **shape | change)
+        weights = Encoder.from_config(config).state_dict()
+        assert (native.to_native(config, weights) is not None) == found
 
 
 def test_uniform_rows_depend_on_their_keys_alone():

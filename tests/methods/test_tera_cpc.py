@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from mmssl import losses
 from mmssl.distributed import all_sum, world
 from mmssl.methods import METHODS
-from mmssl.methods.cpc import negative_places
+from mmssl.methods.cpc import every_frame, negative_places, rank_lengths
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.random import generator
@@ -191,7 +191,7 @@ def test_cpc_equals_a_slow_loop():
     frames = net.features(batch.views[0].x)
     context = net.contextualize(frames).tokens
     pool = frames.flatten(0, 1)
-    places = negative_places(batch.keys, 10, 3, 5, pool)
+    places = negative_places(batch.keys, [10], 3, 5, pool)
     total = []
     for b in range(4):
         for t in range(7):
@@ -202,6 +202,50 @@ def test_cpc_equals_a_slow_loop():
                 total.append(-math.log(scores[0] / sum(scores)))
     assert out.losses["cpc"].item() == pytest.approx(sum(total) / len(total), abs=1e-9)
     assert float(out.health["information"]) == pytest.approx(math.log(6) - sum(total) / len(total), abs=1e-9)
+
+
+def uneven(rank):
+    """Ten frames on the first rank and eight on the second, as the rows of a stream may be cut."""
+    method, batch = build("cpc"), batch_of("cpc", torch.arange(6)[rank :: world()])
+    view = batch.views[0]._replace(x=batch.views[0].x[:, : 400 + 320 * (9 - 2 * rank)])
+    frames = method.student.encoder.features(view.x)
+    lengths = rank_lengths(frames)
+    pool = every_frame(frames, lengths)
+    out = method(batch._replace(views=[view]), Clock())
+    out.losses["cpc"].backward()
+    found = [out.losses["cpc"].detach(), all_sum(method.student.encoder.features.proj.weight.grad)]
+    try:
+        METHODS["cpc"](encoder(), steps=8).double()(batch._replace(views=[view]), Clock())
+    except ValueError as error:
+        return lengths, frames.detach(), pool.detach(), negative_places(batch.keys, lengths, 3, 5, pool), *found, str(error)
+
+
+def test_ranks_may_cut_their_rows_to_different_lengths(tmp_path):
+    """The pool holds the frames of all ranks, row by row, and no filling; the loss is that of the slow loop with that pool."""
+    ranks = on_two_ranks(uneven, folder=tmp_path)
+    frames = [found[1] for found in ranks]
+    pool = torch.cat([frames[row % 2][row // 2] for row in range(6)])
+    method, each = build("cpc"), []
+    for rank, (lengths, own, seen, places, loss, _, error) in enumerate(ranks):
+        assert lengths == [10, 8]
+        assert torch.equal(seen, pool)
+        assert places.shape == (3, own.shape[1] - 3, 5)
+        assert error == "method.steps: 8, the views have 8 frames; lower it or raise views.shortest"
+        context = method.student.encoder.contextualize(own).tokens
+        for row in range(3):
+            first = 18 * row + 10 * rank  # of the sample's own frames in the pool
+            assert torch.equal(pool[first : first + own.shape[1]], own[row])
+            for t in range(own.shape[1] - 3):
+                assert not {*places[row, t].tolist()} & {first + t + k for k in (1, 2, 3)}
+        terms = [
+            losses.cpc(predict(context[:, : own.shape[1] - 3]), own[:, k : k + own.shape[1] - 3], places, pool)
+            for k, predict in enumerate(method.predictors, 1)
+        ]
+        assert_close(loss, torch.stack(terms).mean().detach(), rtol=1e-9, atol=0)
+        each.append(loss)
+    assert torch.equal(ranks[0][5], ranks[1][5])
+    assert bool(ranks[0][5].any())
+    assert float(each[0]) != float(each[1])
 
 
 def test_128_frames_have_116_contexts_and_twelve_steps():
@@ -220,12 +264,12 @@ def test_no_negative_is_a_frame_that_is_to_be_found_and_all_others_may_be():
     pool = torch.zeros(3 * 9, 1)
     seen = {(b, t): set() for b in range(3) for t in range(5)}
     for key in range(40):
-        places = negative_places((3 * key, 3 * key + 1, 3 * key + 2), 9, 4, 50, pool)
+        places = negative_places((3 * key, 3 * key + 1, 3 * key + 2), [9], 4, 50, pool)
         for b, t in seen:
             seen[b, t] |= {*places[b, t].tolist()}
     for (b, t), found in seen.items():
         assert found == {*range(27)} - {9 * b + t + k for k in (1, 2, 3, 4)}
-    assert torch.equal(negative_places((5, 6), 9, 4, 50, pool)[0], negative_places((5, 7), 9, 4, 50, pool)[0])
+    assert torch.equal(negative_places((5, 6), [9], 4, 50, pool)[0], negative_places((5, 7), [9], 4, 50, pool)[0])
 
 
 @pytest.mark.parametrize("modality", ["speech", "spectrogram"])

@@ -1,18 +1,23 @@
 """What a run rebuilt, as pictures: drawn at each probe, of the same samples, and showing what they say."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mmssl.config import Recipe
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
-from mmssl.training.pretrain import pretrain
+from mmssl.training.pretrain import prepare, pretrain
 from mmssl.types import Rebuilt
 from modalities.speech.picture import draw as draw_sound
+from modalities.text.picture import GREY, LINE, MARGIN, MARKED, RIGHT, WIDTH, WRONG, Cell, wrapped
 from modalities.text.picture import draw as draw_text
+from modalities.text.tokenizer import train as train_tokenizer
 from modalities.vision.picture import GAP, draw
 
 WHITE = (255, 255, 255)
@@ -77,16 +82,110 @@ def test_sound_stands_upright_with_low_bands_below():
     assert tuple(seen[size // 2, 2 * size + size // 2]) == (128, 128, 128)
 
 
-def test_text_says_what_was_guessed_and_what_was_right(monkeypatch, tmp_path):
-    words = ["<pad>", "\u2581the", "\u2581cat", "\u2581sat", "s"]
-    tokenizer = SimpleNamespace(convert_ids_to_tokens=words.__getitem__)
-    shown = []
-    monkeypatch.setattr("modalities.text.picture._page", lambda lines: shown.extend(lines))
-    truth, guess = torch.tensor([[1, 2, 4, 3, 0]]), torch.tensor([[1, 3, 4, 3, 0]])
+def test_altered_sound_is_shown_as_it_was_heard():
+    truth, seen, guess = (torch.full((1, 4, 3), level) for level in (0.2, 0.6, 1.0))
+    truth = truth + torch.linspace(-0.2, 0.8, 12).view(1, 4, 3)
+    features = SimpleNamespace(unraw=lambda patches: patches)
+    hidden = torch.tensor([[True, True, False, False]])
+    found = np.asarray(draw_sound(Rebuilt(truth, guess, hidden, seen), None, features)).astype(int)
+    size = (found.shape[0] - 9) // 9
+    cell = lambda row, frame: tuple(found[row * (3 * size + 3) + size // 2, frame * size + size // 2])  # noqa: E731
+    assert cell(1, 0) == cell(1, 3)  # heard alike everywhere, and not blanked
+    assert cell(1, 0) not in {(128, 128, 128), cell(0, 0), cell(2, 0)}
+    assert cell(2, 3) == cell(0, 3)  # what was not altered is left alone
+
+
+WORDS = ["<pad>", "\u2581the", "\u2581cat", "\u2581sat", "s", "\u2581incomprehensibly", "<mask>"]
+
+
+def text(guess: list[int], seen: list[int] | None = None) -> Image.Image:
+    truth = torch.tensor([[1, 2, 4, 3, 0]])
     hidden = torch.tensor([[False, True, False, True, False]])
-    draw_text(Rebuilt(truth, guess, hidden), SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(pad_token_id=0))
-    assert shown == ["the [sat|cat]s [sat]", ""]
-    monkeypatch.undo()
-    picture = draw_text(Rebuilt(truth, guess, hidden), SimpleNamespace(tokenizer=tokenizer), SimpleNamespace(pad_token_id=0))
-    picture.save(tmp_path / "text.png")
-    assert np.asarray(Image.open(tmp_path / "text.png").convert("L")).min() < 128  # there is something on it
+    opens = torch.tensor([True, True, True, True, False, True, True])
+    views = SimpleNamespace(
+        tokenizer=SimpleNamespace(convert_ids_to_tokens=WORDS.__getitem__), pieces=SimpleNamespace(opens=opens)
+    )
+    rebuilt = Rebuilt(truth, torch.tensor([guess]), hidden, None if seen is None else torch.tensor([seen]))
+    return draw_text(rebuilt, views, SimpleNamespace(pad_token_id=0))
+
+
+def colours(image: Image.Image, row: int) -> set[tuple[int, ...]]:
+    """Of a line of the text, but for those of soft edges."""
+    pixels = np.asarray(image)[MARGIN + row * LINE : MARGIN + (row + 1) * LINE]
+    return {tuple(pixel) for pixel in pixels.reshape(-1, 3)} & {ImageColor.getrgb(c) for c in (RIGHT, WRONG, GREY, MARKED)}
+
+
+def test_text_says_what_was_guessed_and_what_was_right():
+    right, wrong, grey, marked = (ImageColor.getrgb(colour) for colour in (RIGHT, WRONG, GREY, MARKED))
+    both = text([1, 1, 4, 3, 0])
+    assert colours(both, 0) == {marked}
+    assert colours(both, 1) == {right, wrong}
+    assert colours(text([1, 2, 4, 3, 0]), 1) == {right}
+    assert colours(text([1, 3, 4, 2, 0]), 1) == {wrong}
+    altered = text([1, 1, 4, 3, 0], seen=[1, 6, 4, 3, 0])
+    assert colours(altered, 1) - {marked} == {grey}  # soft edges may be as light
+    assert colours(altered, 2) == {right, wrong}
+    assert altered.height == both.height + LINE
+    assert text([1, 5, 4, 5, 0]).size == both.size  # laid out alike at every step
+
+
+def test_long_text_goes_on_in_the_next_line():
+    rows = [[Cell("word", "", "", False, 1)] * n for n in (22, 23)]
+    assert [[len(row) for row in wrapped(cells)] for cells in rows] == [[22], [22, 1]]
+    assert all(sum(cell.width for cell in row) <= WIDTH for row in wrapped(rows[1]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """FOLDER/{speech,text}/{train,test}/{a,b}/*, and FOLDER/tokenizer."""
+    folder, draws, texts = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
+    for split, name, i in product(("train", "test"), "ab", range(8)):
+        for kind in ("speech", "text"):
+            (folder / kind / split / name).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / "speech" / split / name / f"{i}.wav", draws.normal(0, 0.1, 8000), 16_000)
+        texts.append(" ".join(draws.choice(["stone", "river", "cloud", "night", "green", "paper"], 20)))
+        (folder / "text" / split / name / f"{i}.txt").write_text(texts[-1])
+    train_tokenizer(texts, "bpe", 60, folder / "tokenizer")
+    return folder
+
+
+RUNS = {
+    "spectrogram": "model: {bands: 20, frames: 48, DIM}\nmethod: {name: tera}\nviews: {shortest: 0.2}\n",
+    "text": "model: {max_tokens: 24, DIM}\nmethod: {name: mlm}\nviews: {tokenizer: FOLDER/tokenizer, pack: PACK}\n",
+}
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("spectrogram", ""), ("text", "true"), ("text", "false")])
+def test_sound_and_text_are_drawn_alike_at_each_probe(kind, pack, folder, tmp_path):
+    path = tmp_path / "run.yaml"
+    recipe = (
+        f"data: {{path: FOLDER/{'text' if kind == 'text' else 'speech'}, modality: {kind}, workers: 0}}\n{RUNS[kind]}"
+        "optim: {lr: 1.0e-2}\ntrain: {steps: 2, global_batch: 8, device: cpu}\nwatch: {samples: 20, every: 1}\n"
+    )
+    for name, value in {"FOLDER": str(folder), "PACK": pack, "DIM": "hidden_size: 16, depth: 1, heads: 2"}.items():
+        recipe = recipe.replace(name, value)
+    path.write_text(recipe)
+    report = pretrain(Recipe.load(path, f"out={tmp_path / 'run'}")) / "report"
+    first, last = (np.asarray(Image.open(path)) for path in sorted(report.iterdir()))
+    assert first.shape == last.shape
+    if kind == "text":
+        seen = MARGIN + 2 * LINE  # the text and what was seen of it
+        assert np.array_equal(first[:seen], last[:seen])
+        return
+    size = (first.shape[0] - 9) // 3
+    assert first.shape[0] == 3 * (size + 3) >= 3 * 160  # three panels, each with its gap
+    assert first.shape[1] % 8 == 0  # samples
+    assert np.array_equal(first[: 2 * (size + 3)], last[: 2 * (size + 3)])
+    assert not np.array_equal(first[2 * (size + 3) :], last[2 * (size + 3) :])
+
+
+@pytest.mark.parametrize(("change", "split"), [("watch.test=test", "test"), ("watch.test=none", None)])
+def test_pictures_show_what_is_not_learned_from_if_there_is_such(change, split, tiny_recipe):
+    pictures = prepare(tiny_recipe(change)).pictures
+    shown = pictures._batch()["index"]
+    assert len(shown) == 8
+    if split is None:
+        assert pictures.held is None
+    else:
+        assert pictures.held.source.facts["split"] == split
+        assert {*shown.tolist()} <= {*pictures.held.indices}
