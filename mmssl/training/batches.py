@@ -8,10 +8,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmssl.config import Recipe
+from mmssl.data.dataset import KeyedStream
+from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import Source
 from mmssl.distributed import rank, world
-from mmssl.registry import Views
+from mmssl.registry import Modality, Views
 from mmssl.training.launch import batch_split
 
 
@@ -43,6 +45,35 @@ def key_batches(
         recipe.data.buckets,
         recipe.data.budget,
         order,
+    )
+
+
+def key_stream(
+    recipe: Recipe,
+    source: Source,
+    kind: Modality,
+    views: Views,
+    quarantine: Quarantine,
+    micro: int,
+    batches: int,
+    start: int,
+    place: tuple[int, int] | None = None,
+) -> KeyedStream:
+    """The batches of a rank in a stream, from micro-batch `start` on; of this one, or of `place` = (rank, world)."""
+    mine, of = place or (rank(), world())
+    return KeyedStream(
+        source,
+        kind,
+        views,
+        recipe.train.seed,
+        quarantine,
+        micro_batch=micro,
+        batches=batches,
+        start=start,
+        rank=mine,
+        world=of,
+        readers=recipe.data.readers,
+        block=recipe.data.block,
     )
 
 

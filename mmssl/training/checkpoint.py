@@ -77,16 +77,19 @@ def save(
     return final
 
 
-def find(root: Path, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def find(root: Path, hashes: bool = True, most: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest usable checkpoint.
 
     Args:
         root: folder of the checkpoints; may be missing.
         hashes: read all files and compare their SHA-256; otherwise only sizes.
+        most: the highest step that is of interest; all if None.
     Returns: its folder or None, and for each newer one that was rejected "FOLDER: reason".
     """
     reasons = []
     for path in _candidates(root):
+        if most is not None and step_of(path) > most:
+            continue
         reason = problem(path, hashes)
         if reason is None:
             return path, reasons

@@ -12,23 +12,24 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe
-from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
+from mmssl.data.dataset import KeyedDataset, start_worker
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import open_source
-from mmssl.distributed import rank, world
+from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, Views, modality
-from mmssl.training.batches import PassByPass, key_batches, steps_per_epoch
+from mmssl.training.batches import PassByPass, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.outcome import record_failure
 from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
+from mmssl.training.replay import record
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import load_run, reopen, save_run
+from mmssl.training.saving import load_run, reopen, rewind, save_run
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Clock
@@ -118,21 +119,9 @@ class Run:
         self.pictures = Pictures(source, kind, views, folder, recipe.train.seed)
         classes, source = self.probes.labels(data)
         if source.streaming:
+            total = self.steps * self.accumulation
             self.dataset: Any = None
-            self.stream = lambda first: KeyedStream(
-                source,
-                kind,
-                self.views,
-                recipe.train.seed,
-                self.quarantine,
-                micro_batch=self.micro,
-                batches=self.steps * self.accumulation,
-                start=first,
-                rank=rank(),
-                world=world(),
-                readers=recipe.data.readers,
-                block=recipe.data.block,
-            )
+            self.stream = lambda first: key_stream(recipe, source, kind, self.views, self.quarantine, self.micro, total, first)
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
         method = recipe.build()
@@ -168,8 +157,12 @@ class Run:
             tensors.get("optimizer"),
             self.views.ragged,
             None if self.source.streaming else self._describe,
+            lambda trainer: record(trainer, folder, source, views),
+            self._rewind,
+            folder.read_status().get("rollbacks") or 0 if resume else 0,
         )
         self.trainer.metrics = state.get("metrics", {})
+        self.trainer.recent = state.get("skipped", [])
 
     def _loader(self, start: int) -> DataLoader | PassByPass:
         """Batches of this rank from update `start` to the end."""
@@ -229,3 +222,7 @@ class Run:
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder)
+
+    def _rewind(self, trainer: SelfSupervisedTrainer, why: MmsslError) -> None:
+        rewind(trainer, self.folder, why)
+        self.progress.back(trainer.state.global_step)

@@ -30,7 +30,7 @@ from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
-FOLDERS = ("model", "heads", "report")
+FOLDERS = ("model", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
     ".del-*",
@@ -202,6 +202,7 @@ class RunFolder:
     metrics = _inside("metrics.jsonl")  # one object for each logged step
     log = _inside("log.txt")
     checkpoints = _inside("checkpoints")
+    replay = _inside("replay")  # step-N.json: the batch of an update that was not applied
     model = _inside("model")  # the encoder, for AutoModel
     heads = _inside("heads")  # all else that was trained
     card = _inside("README.md")
@@ -224,7 +225,7 @@ class RunFolder:
         folder = cls(path, is_main)
         if is_main:
             folder._claim(overwrite)
-            folder.status("running", step=0, steps=None)
+            folder.status("running", step=0, steps=None, rollbacks=0)
         cls.current = folder.path
         return folder
 
@@ -349,7 +350,7 @@ class RunFolder:
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, launch, error (text), code, ...; the first three stay as they were if not given.
+            facts: step, steps, launch, rollbacks, error (text), code, ...; the first four stay as they were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -358,7 +359,7 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        kept = {name: before.get(name) for name in ("step", "steps", "launch")}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks")}
         known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import torch
 
-from mmssl.distributed import all_sum, barrier, world
-from mmssl.errors import CheckpointError, NonFiniteError
+from mmssl.distributed import all_sum, barrier, gather_objects, world
+from mmssl.errors import CheckpointError, MmsslError, NonFiniteError
 from mmssl.hub.export import export_encoder, export_heads
 from mmssl.registry import Views
 from mmssl.training import checkpoint
+from mmssl.training.guards import broken
 from mmssl.training.objective import Objective
 from mmssl.training.run_folder import RunFolder, write_atomic
-from mmssl.training.state import load_model_state, model_state, optimizer_state
+from mmssl.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state, restore_model_state
 from mmssl.training.trainer import SelfSupervisedTrainer
 
 
@@ -33,9 +35,9 @@ def reopen(path: Path) -> RunFolder:
 def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder) -> None:
     """Checkpoint and `model/`, written by the main process from whole tensors."""
     tensors = {"model": model_state(trainer.objective), "optimizer": optimizer_state(trainer.objective, trainer.optimizer)}
-    broken = [n for part in tensors.values() for n, t in part.items() if not bool(t.isfinite().all())]
-    if broken:
-        raise NonFiniteError(f"{broken[0]} is not finite at step {trainer.state.global_step}; nothing was saved.")
+    for part in tensors.values():
+        if name := broken(part):
+            raise NonFiniteError(f"{name} is not finite at step {trainer.state.global_step}; nothing was saved.")
     problem: Exception | None = None
     if folder.is_main:
         step = trainer.state.global_step
@@ -45,6 +47,7 @@ def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder) ->
             "steps": trainer.steps,
             "world": world(),
             "samples": [trainer.bad, trainer.seen],
+            "skipped": trainer.recent,
             "metrics": trainer.metrics,
         }
         try:
@@ -67,9 +70,7 @@ def load_run(
     objective: Objective, folder: RunFolder, streaming: bool
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """Tensors and state of the newest usable checkpoint; the weights are loaded already. Raises: CheckpointError."""
-    path, reasons = checkpoint.find(folder.checkpoints)
-    for reason in reasons if folder.is_main else []:
-        print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
+    path = choose(folder)
     if path is None:
         raise CheckpointError(f"{folder.path} holds no usable checkpoint. Start again with overwrite=true.")
     tensors, state = checkpoint.load(path)
@@ -78,3 +79,44 @@ def load_run(
     load_model_state(objective, tensors["model"])
     folder.truncate_metrics(int(state["step"]))
     return tensors, state
+
+
+def choose(folder: RunFolder, most: int | None = None) -> Path | None:
+    """The newest usable checkpoint of a step up to `most`. The main process verifies them, the others are told its name.
+
+    Raises: CheckpointError if the main process could not.
+    """
+    name, problem = None, None
+    if folder.is_main:
+        try:
+            path, reasons = checkpoint.find(folder.checkpoints, most=most)
+            for reason in reasons:
+                print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
+            name = path and path.name
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = error
+    name, failed = gather_objects((name, problem is not None))[0]
+    if problem is not None:
+        raise problem
+    if failed:
+        raise CheckpointError("The main process could not look for checkpoints; its message says why.")
+    return name and folder.checkpoints / name
+
+
+def rewind(trainer: SelfSupervisedTrainer, folder: RunFolder, why: MmsslError) -> None:
+    """Go back to the newest checkpoint, in this process; what was logged since is dropped. Raises: `why` if there is none."""
+    folder.status("running", rollbacks=trainer.rollbacks)  # first, so that a resume takes the same rate
+    path = choose(folder)
+    if path is None:
+        raise type(why)(f"{why} There is no checkpoint to go back to.")
+    tensors, state = checkpoint.load(path)
+    restore_model_state(trainer.objective, tensors["model"])
+    load_optimizer_state(trainer.objective, trainer.optimizer, tensors["optimizer"])
+    trainer.stand_at(state)
+    folder.truncate_metrics(int(state["step"]))
+    if folder.is_main:
+        factor = trainer.recipe.watch.rollback_factor**trainer.rollbacks
+        text = f"{why} Going on from step {state['step']} with {factor:g} of the learning rate (watch.rollback_factor)."
+        logging.getLogger("mmssl").warning(text)
+        print(f"mmssl: note: {text}", file=sys.stderr)
+    barrier()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmssl.distributed import full_value, is_partitioned, rank, share_slices
+from mmssl.distributed import full_value, is_partitioned, rank, set_full_value, share_slices
 from mmssl.errors import CheckpointError
 from mmssl.training.objective import Objective
 
@@ -25,13 +25,23 @@ def model_state(objective: Objective) -> dict[str, Tensor]:
 
 
 def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
-    """Before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
+    """In place, before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
     own = objective.state_dict()
     wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
     wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]
     if wrong:
         raise CheckpointError(f"The checkpoint does not fit this recipe's model: {', '.join(sorted(set(wrong))[:5])}.")
     objective.load_state_dict(saved)
+
+
+def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
+    """The same while it trains, wrapped or partitioned as it is."""
+    split = {name: parameter for name, parameter in objective.named_parameters() if is_partitioned(parameter)}
+    if not split:
+        return load_model_state(objective, saved)
+    objective.load_state_dict({name: tensor for name, tensor in saved.items() if name not in split}, strict=False)
+    for name, parameter in split.items():
+        set_full_value(parameter, saved[name])
 
 
 @torch.no_grad()
@@ -54,11 +64,13 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, Tensor]) -> None:
-    """After the engine was built."""
+    """After the engine was built; what it holds is replaced."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     zero = hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
     if zero:
         _create_zero_moments(inner)
+    else:
+        inner.state.clear()
     for name, parameter in objective.named_parameters():
         own = {key.rpartition(".")[2]: value for key, value in saved.items() if key.rpartition(".")[0] == name}
         if not parameter.requires_grad or not own:
