@@ -173,7 +173,7 @@ class WatchOptions(Options):
     neighbours: int = Field(20, ge=1)
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
     guard: dict[str, float] = Field(
-        default_factory=dict, description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops."
+        default_factory=dict, description="Least value of a health metric, such as {target_std: 0.1}; see watch.on_collapse."
     )
     guard_after: int = Field(5000, ge=0, description="Updates before the guard wakes.")
     on_nonfinite: Literal["stop", "rollback"] = Field(
@@ -190,4 +190,9 @@ class SaveOptions(Options):
     """What stays on disk."""
 
     every: int = Field(1000, ge=1, description="Updates between checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    permanent: int = Field(10, ge=0, description="Checkpoints kept for good, spread over a run that saves more often.")
+    proven: int = Field(
+        1000, ge=0, description="Updates without trouble after which a checkpoint counts as healthy; the last such one is kept."
+    )
+    max_failed: int = Field(3, ge=1, description="Saves in a row that find the disk full or read-only until the run stops.")

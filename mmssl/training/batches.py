@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,14 +30,17 @@ def key_batches(
     steps: int = 0,
     start: int = 0,
     order: Callable[[int], torch.Tensor | None] | None = None,
+    micro: int | None = None,
+    place: tuple[int, int] | None = None,
 ) -> KeyBatches:
-    """The order of samples on this rank. Raises: RecipeError if the data do not fill a batch."""
+    """The order of samples on this rank, or on `place` = (rank, world). Raises: RecipeError if the data do not fill a batch."""
+    mine, of = place or (rank(), world())
     return KeyBatches(
         source.size,
         recipe.train.global_batch,
-        batch_split(recipe, world())[0],
-        rank(),
-        world(),
+        micro or batch_split(recipe, of)[0],
+        mine,
+        of,
         steps,
         recipe.train.seed,
         start,
@@ -75,6 +79,16 @@ def key_stream(
         readers=recipe.data.readers,
         block=recipe.data.block,
     )
+
+
+def identity(recipe: Recipe, source: Source, views: Views, step: int) -> str:
+    """A name for the samples of the update after `step`, in their order: the same on any number of processes, and wherever
+    the data lie.
+    """
+    micro = batch_split(recipe, world())[0]
+    update = key_batches(recipe, source, views, step + 1, step, micro=micro, place=(0, 1))
+    names = [source.identity(index).removeprefix(source.root or "") for keys in update for _, index, *_ in keys]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 class PassByPass:

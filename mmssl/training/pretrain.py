@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, Views, modality
-from mmssl.training.batches import PassByPass, key_batches, key_stream, steps_per_epoch
+from mmssl.training.batches import PassByPass, identity, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.outcome import record_failure
@@ -28,24 +29,27 @@ from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
+from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import load_run, reopen, rewind, save_run
+from mmssl.training.saving import Proof, load_run, reopen, rewind, save_run
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
+from mmssl.training.tracking import track
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Clock
 
 
-def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Path:
+def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allow_changed: Collection[str] = ()) -> Path:
     """Train as the recipe says.
 
     Args:
         recipe: checked; `recipe.out` is the run folder.
         overwrite: remove an earlier run in that folder.
         resume: go on from the newest complete checkpoint in that folder.
+        allow_changed: keys of the recipe, or blocks, that may differ from those that the run was saved with.
     Returns: the run folder; `model/` in it is the encoder.
     Raises: MmsslError with the exit status of the contract.
     """
-    run = prepare(recipe, overwrite, resume)
+    run = prepare(recipe, overwrite, resume, allow_changed=allow_changed)
     log, handler = logging.getLogger("mmssl"), run.folder.log_handler()
     log.setLevel(logging.INFO)
     log.addHandler(handler)
@@ -64,7 +68,11 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> P
 
 
 def prepare(
-    recipe: Recipe, overwrite: bool = False, resume: bool = False, trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: bool = False,
+    trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
+    allow_changed: Collection[str] = (),
 ) -> Run:
     """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
     args = training_arguments(recipe)
@@ -78,7 +86,7 @@ def prepare(
     folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
-        return Run(recipe, args, kind, views, data, folder, resume, trainer)
+        return Run(recipe, args, kind, views, data, folder, resume, trainer, allow_changed)
     except BaseException as error:
         record_failure(folder, error)
         raise
@@ -97,6 +105,7 @@ class Run:
         folder: RunFolder,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
+        allow_changed: Collection[str] = (),
     ):
         self.recipe, self.args, self.views, self.folder = recipe, args, views, folder
         self.source = source = data.source
@@ -136,7 +145,9 @@ class Run:
             for block in (b for e in encoders for b in e.compilable()):
                 block.compile()
         self.objective = Objective(method, classes)
-        tensors, state = load_run(self.objective, folder, source.streaming) if resume else ({}, {})
+        tensors, state, found = {}, {}, None
+        if resume:
+            tensors, state, found = load_run(self.objective, folder, recipe, source.streaming, allow_changed, self._next_batch)
         folder.write_identity(recipe.dump(), sys.argv, source.facts)
         self.start = int(state.get("step", 0))
         self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)
@@ -163,6 +174,10 @@ class Run:
         )
         self.trainer.metrics = state.get("metrics", {})
         self.trainer.recent = state.get("skipped", [])
+        self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
+        if found is not None:
+            self.trainer.add_callback(Proof(self.trainer, found))
+        track(self.trainer, folder)
 
     def _loader(self, start: int) -> DataLoader | PassByPass:
         """Batches of this rank from update `start` to the end."""
@@ -221,7 +236,11 @@ class Run:
         return describe(trainer, self.source, self.dataset.kind, self.views, self.micro)
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
-        save_run(trainer, self.views, self.folder)
+        save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
+
+    def _next_batch(self, step: int) -> str | None:
+        """Identity of the update after `step`; None where it is not a function of the data alone."""
+        return None if self.source.streaming or self._chooses else identity(self.recipe, self.source, self.views, step)
 
     def _rewind(self, trainer: SelfSupervisedTrainer, why: MmsslError) -> None:
         rewind(trainer, self.folder, why)

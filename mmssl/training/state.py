@@ -16,12 +16,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def model_state(objective: Objective) -> dict[str, Tensor]:
-    """Name -> whole fp32 tensor on the CPU, teacher included. A collective under ZeRO-3."""
+    """Name -> whole fp32 tensor on the CPU, teacher included; where that is the trained tensor itself, before the next update.
+    A collective under ZeRO-3.
+    """
     state = dict(objective.state_dict())
     for name, parameter in objective.named_parameters():
         if is_partitioned(parameter):
             state[name] = full_value(parameter)
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
@@ -46,7 +48,7 @@ def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
-    """`name.exp_avg`, `name.step` and so on of every trained parameter, whole. A collective under ZeRO."""
+    """`name.exp_avg`, `name.step` and so on of every trained parameter, whole, as `model_state`. A collective under ZeRO."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
     state: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
@@ -59,7 +61,7 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
         else:
             for moment, value in inner.state.get(parameter, {}).items():
                 state[f"{name}.{moment}"] = value
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from mmssl.training.guards import LocalGradients, RunningStatistics, forget_grad
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
+from mmssl.training.retention import Retention
 from mmssl.training.state import load_optimizer_state
 from mmssl.types import Batch, Clock
 
@@ -128,6 +129,8 @@ class SelfSupervisedTrainer(Trainer):
         self.told = ""  # about the samples of the last update that was left out
         self.note_skip, self.rewind, self.rollbacks = skipped, rewind, rollbacks
         self.warned: set[str] = set()  # metrics below the guard
+        self.retention = Retention(steps, recipe.save)
+        self.failed_saves = 0  # in a row
         self.stop_signal: int | None = None
         self.pending: list[dict[str, Tensor]] = []  # of this update, counted once it is applied
         self.sums: dict[str, Tensor] = {}
@@ -332,6 +335,7 @@ class SelfSupervisedTrainer(Trainer):
         self.skipped_since_log += 1
         step = self.state.global_step
         self.recent = [*(s for s in self.recent if s > step - RECENT), step]
+        self.retention.trouble()
         self.statistics.restore()
         if self.is_deepspeed_enabled:
             inner: Any = self.optimizer
@@ -369,6 +373,11 @@ class SelfSupervisedTrainer(Trainer):
         control.should_epoch_stop, control.should_training_stop = True, False
         control.should_log = control.should_evaluate = control.should_save = False
 
+    @property
+    def ending(self) -> bool:
+        """Whether nothing comes after this save."""
+        return self.stop_signal is not None or self.state.global_step >= self.steps
+
     def stand_at(self, state: dict[str, Any]) -> None:
         """Take the counters of a checkpoint that was loaded, and forget what came after it.
 
@@ -377,6 +386,7 @@ class SelfSupervisedTrainer(Trainer):
         self.state.global_step = self._done = int(state["step"])
         self.applied, self.metrics = int(state["applied"]), state["metrics"]
         self.recent = [*state.get("skipped", [])]
+        self.retention = Retention(self.steps, self.recipe.save, state.get("retention"))
         self.skips, self.spoilt, self.pending, self.weights = 0, False, [], []
         self.sums, self.terms, self.skipped_since_log = {}, 0, 0
         self.last_log = (time.perf_counter(), self.samples)
@@ -444,6 +454,7 @@ class SelfSupervisedTrainer(Trainer):
                 "judge by the probes; watch.guard={} turns the guard off. The last checkpoint is kept."
                 + "".join(f" The method says: {found}." for found in self.objective.method.judge(line))
             )
+            self.retention.trouble()
             if watch.on_collapse != "warn":
                 return error
             if name not in self.warned and self.is_world_process_zero():

@@ -1,21 +1,20 @@
 """What is not finite or collapses: nothing of it stays, it is on record, and the run stops or goes back as the recipe says."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from mmssl.cli import main
 from mmssl.config import Recipe
 from mmssl.errors import CollapseError, NonFiniteError, RecipeError
 from mmssl.training import checkpoint
+from mmssl.training import replay as module
 from mmssl.training.guards import all_finite, broken
 from mmssl.training.pretrain import prepare, pretrain
 from mmssl.training.replay import replay
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = "{image_size: 16, patch_size: 4, hidden_size: 16, depth: 1, heads: 2}"
 NORMED = (
     "{backbone: resnet, options: {layer_type: basic, depths: [1], embedding_size: 8, hidden_sizes: [8]}, stem: small, "
@@ -269,7 +268,7 @@ def test_a_collapse_is_told_once_stops_or_goes_back(setting, tmp_path, capsys):
 # The record -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(setting, monkeypatch, tmp_path):
+def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(setting, monkeypatch, tmp_path, capsys):
     """N5: with the checkpoint's own weights the recorded losses come back, and the bad sample stands out."""
     run = prepare(setting("data2vec2", "train.steps=3"))
     kept, index, step = {}, [], run.trainer.training_step
@@ -288,8 +287,6 @@ def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(setti
     assert [index for micro in record["ranks"][0] for index in micro["samples"]] == index
     assert record["norm"] in ("nan", "inf")
     assert all(Path(name).is_file() for micro in record["ranks"][0] for name in micro["names"])
-    from mmssl.training import replay as module
-
     seen, examine = [], module.examine
     monkeypatch.setattr(module, "examine", lambda o, batch, *rest: seen.append(batch) or examine(o, batch, *rest))
     found = replay(folder)
@@ -299,9 +296,7 @@ def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(setti
         assert [sample["name"] for sample in batch["samples"]] == record["ranks"][0][number]["names"]
         (whole,) = [b for b in seen if b["index"].tolist() == kept[number]["index"].tolist()]
         assert all(torch.equal(whole[name], tensor) for name, tensor in kept[number].items())
-    told = subprocess.run(
-        [sys.executable, "-m", "mmssl", "replay", str(folder), "step=3"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert record["ranks"][0][1]["names"][0] in told.stdout
+    assert main(["replay", str(folder), "step=3"]) == 0
+    assert record["ranks"][0][1]["names"][0] in capsys.readouterr().out
     with pytest.raises(RecipeError, match=r"step: found 2, there are records of 3\."):
         replay(folder, 2)

@@ -325,11 +325,12 @@ def test_contradicting_launch_settings_are_refused(images, tmp_path):
         ({"gradient_clipping": 1.0}, r"optim\.clip"),
         ({"gradient_clipping": 4.0, "bf16": {"enabled": True}}, "bf16 engine"),
         ({"gradient_clipping": "auto", "torch_autocast": {"enabled": True}}, "agree"),
+        ({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, r"watch\.on_collapse: rollback"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(file, word, images, tmp_path):
     with pytest.raises(RecipeError, match=word):
-        check_deepspeed(file, recipe(images, tmp_path))
+        check_deepspeed(file, recipe(images, tmp_path, "watch.on_collapse=rollback"))
 
 
 def test_a_non_finite_loss_is_skipped_and_never_logged_as_zero(images, tmp_path, monkeypatch):
