@@ -87,6 +87,15 @@ class _SumRanks(torch.autograd.Function):
         return sum_ranks(upstream, ctx.group), None
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """What every rank gives, by rank."""
+    if world() == 1:
+        return [mine]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, mine)
+    return found
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
@@ -175,3 +184,20 @@ def full_value(parameter: nn.Parameter) -> Tensor:
     whole.view(-1)[own.start : own.start + own.values.numel()] = own.values
     share_slices([whole], [True])
     return whole
+
+
+@torch.no_grad()
+def set_full_value(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a whole fp32 value into a parameter that ZeRO-3 has split: into this rank's master and what is gathered from it."""
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    split: Any = parameter
+    value = value.to(split.ds_tensor.device)
+    if parameter.numel() == split.ds_numel:  # small ones stay gathered
+        parameter.data.copy_(value)
+    start, own = rank() * split.ds_tensor.ds_numel, torch.zeros_like(split.ds_tensor.data).flatten()
+    part = value.flatten()[start : start + own.numel()]
+    own[: part.numel()] = part
+    split.ds_tensor.data.copy_(own.view_as(split.ds_tensor))
+    if parameter.requires_grad:
+        safe_set_local_fp32_param(parameter, own)

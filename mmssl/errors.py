@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import shutil
+from contextlib import suppress
 
 
 class MmsslError(Exception):
@@ -47,7 +49,7 @@ class StorageError(MmsslError):
     code = 6
 
 
-def storage_error(error: BaseException, path: object) -> StorageError | None:
+def storage_error(error: BaseException, path: object, needed: int | None = None) -> StorageError | None:
     """The sentence for a full or read-only disk, or None if `error` is something else.
 
     safetensors hides the errno of a failed write in its message, hence the look at the text.
@@ -55,7 +57,15 @@ def storage_error(error: BaseException, path: object) -> StorageError | None:
     number = getattr(error, "errno", None)
     text = str(error).lower()
     if number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "quota exceeded" in text:
-        return StorageError(f"The disk under {path} is full. Free some space or choose another folder with out=FOLDER.")
+        return disk_full(path, needed)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "permission denied" in text or "read-only file system" in text:
         return StorageError(f"{path} cannot be written. Give write permission or choose another folder with out=FOLDER.")
     return None
+
+
+def disk_full(path: object, needed: int | None = None) -> StorageError:
+    """The sentence for too little space, with the bytes that are needed, if known, and those that are free."""
+    told = "" if needed is None else f"; {needed} bytes are needed"
+    with suppress(OSError):
+        told += f"; {shutil.disk_usage(str(path)).free} bytes are free"  # more than a quota may leave
+    return StorageError(f"The disk under {path} is full{told}. Free some space or choose another folder with out=FOLDER.")

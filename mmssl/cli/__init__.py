@@ -24,6 +24,7 @@ VERBS = {
     "resume": "continue a run from its newest complete checkpoint",
     "check": "dry run: recipe, data, three steps, memory, throughput, time",
     "status": "how a run stands: mmssl status RUN",
+    "replay": "the batch of an update that was not applied, sample by sample",
     "probe": "k-NN and linear accuracy of a model on labelled data",
     "export": "write the encoder of a run as a model folder",
     "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",

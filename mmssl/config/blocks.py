@@ -157,7 +157,10 @@ class TrainOptions(Options):
     compile: bool = Field(False, description="torch.compile on each transformer block.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; torch's default if unset.")
     log_every: int = Field(10, ge=1, description="Updates between lines of metrics.jsonl.")
-    max_skips: int = Field(3, ge=0, description="Non-finite updates in a row after which the run stops.")
+    max_skips: int = Field(
+        3, ge=0, description="Non-finite updates in a row that are left out; with one more, watch.on_nonfinite."
+    )
+    max_skip_share: float = Field(0.01, ge=0, le=1, description="The same as a share of 1000 updates.")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
@@ -173,14 +176,27 @@ class WatchOptions(Options):
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
     guard: dict[str, float] = Field(
         default_factory=dict,
-        description="Least value of a health metric, such as {target_std: 0.1}; below it the run stops. wav2vec2 guards its "
+        description="Least value of a health metric, such as {target_std: 0.1}; see watch.on_collapse. wav2vec2 guards its "
         "code_perplexity by itself; 0 turns that off.",
     )
     guard_after: int = Field(5000, ge=0, description="Updates before the guard wakes.")
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        "stop", description="After too many skipped updates: stop, or go back to the last checkpoint with a lower rate."
+    )
+    on_collapse: Literal["warn", "stop", "rollback"] = Field(
+        "stop", description="Below the guard: say so once, stop, or go back to the last checkpoint that proved healthy."
+    )
+    rollback_factor: float = Field(0.5, gt=0, le=1, description="Share of the learning rate that each rollback leaves.")
+    max_rollbacks: int = Field(3, ge=1, description="Rollbacks of a run; where one more is needed it stops.")
 
 
 class SaveOptions(Options):
     """What stays on disk."""
 
     every: int = Field(1000, ge=1, description="Updates between checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    permanent: int = Field(10, ge=0, description="Checkpoints kept for good, spread over a run that saves more often.")
+    proven: int = Field(
+        1000, ge=0, description="Updates without trouble after which a checkpoint counts as healthy; the last such one is kept."
+    )
+    max_failed: int = Field(3, ge=1, description="Saves in a row that find the disk full or read-only until the run stops.")

@@ -183,6 +183,10 @@ class KeyedStream(_Keyed, IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """This worker's batches, from `start` on. Raises: RecipeError if workers cannot share the readers; DataError."""
+        return map(self.collate, self.samples())
+
+    def samples(self) -> Iterator[list[dict[str, Any]]]:
+        """The samples of these batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         if self.readers % workers:
@@ -192,7 +196,7 @@ class KeyedStream(_Keyed, IterableDataset):
             turn, reader = divmod(n, self.readers)
             if reader not in opened:
                 opened[reader] = self._read(reader, turn * self.micro_batch)
-            yield self.collate([self._sample(next(opened[reader])) for _ in range(self.micro_batch)])
+            yield [self._sample(next(opened[reader])) for _ in range(self.micro_batch)]
 
     def _read(self, reader: int, skip: int) -> Iterator[_Row]:
         """All rows of a reader, for ever, without the first `skip`."""

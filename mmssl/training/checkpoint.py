@@ -16,19 +16,22 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmssl.errors import CheckpointError, StorageError
-from mmssl.files import umask
-from mmssl.training.run_folder import storing, sync
+from mmssl.errors import CheckpointError, StorageError, disk_full
+from mmssl.training.durable import safetensors, write, write_all
+from mmssl.training.run_folder import storing, sync, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
 MANIFEST, STATE, SUFFIX = "manifest.json", "state.json", ".safetensors"
+TRIED, TRIES = "tries", 2  # not in the manifest: it changes; how often a checkpoint is tried before an older one is
+SPARE = 1.1  # of what a checkpoint needs, that must be free
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")  # .old: set aside while a new checkpoint of the same step takes its place
 
 
@@ -56,15 +59,17 @@ def save(
     """
     if keep < 1 or step < 0 or not all(re.fullmatch(r"[\w-]+", name) for name in tensors):
         raise ValueError(f"checkpoint: keep {keep}, step {step}, file names {list(tensors)}; expected >= 1, >= 0, plain words")
-    text = json.dumps(dict(state))
+    text = json.dumps(dict(state)).encode()
+    files = {f"{name}{SUFFIX}": safetensors(group) for name, group in tensors.items()}
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + len(text) + 65536
     final = root / f"step-{step:08d}"
     temporary = root / f".tmp-{final.name}-{secrets.token_hex(4)}"
-    with storing(root):
+    with storing(root, needed):
         root.mkdir(parents=True, exist_ok=True)
-        _check_space(root, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + len(text))
+        _make_room(root, int(needed * SPARE), keep, also_keep)
         try:
             temporary.mkdir()
-            _write(temporary, step, tensors, text)
+            _write(temporary, step, {**files, STATE: [text]})
             _make_way(final)
             temporary.rename(final)
             sync(root)
@@ -77,21 +82,48 @@ def save(
     return final
 
 
-def find(root: Path, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def find(root: Path, hashes: bool = True, most: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest usable checkpoint.
+
+    One from which the run was resumed twice without getting through an update (see `note_try`) is suspect: an older one is
+    preferred to it, where there is one.
 
     Args:
         root: folder of the checkpoints; may be missing.
         hashes: read all files and compare their SHA-256; otherwise only sizes.
+        most: the highest step that is of interest; all if None.
     Returns: its folder or None, and for each newer one that was rejected "FOLDER: reason".
     """
-    reasons = []
+    reasons, suspect = [], None
     for path in _candidates(root):
+        if most is not None and step_of(path) > most:
+            continue
         reason = problem(path, hashes)
-        if reason is None:
+        if reason is None and tries(path) < TRIES:
             return path, reasons
-        reasons.append(f"{path.name}: {reason}")
-    return None, reasons
+        suspect = suspect or (path if reason is None else None)
+        reasons.append(f"{path.name}: {reason or f'resumed {TRIES} times without getting through an update'}")
+    return suspect, reasons
+
+
+def tries(path: Path) -> int:
+    """How often a run was resumed from it, since it last got through an update from there."""
+    try:
+        return int((path / TRIED).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def note_try(path: Path) -> None:
+    """A run is about to go on from it. Raises: StorageError."""
+    with storing(path):
+        write_atomic(path / TRIED, f"{tries(path) + 1}\n")
+
+
+def forget_tries(path: Path) -> None:
+    """The run got through an update from there."""
+    with suppress(OSError):  # it may have been removed meanwhile
+        (path / TRIED).unlink()
 
 
 def newest(root: Path) -> Path | None:
@@ -135,6 +167,13 @@ def step_of(path: Path) -> int:
     if found is None:
         raise ValueError(f"{path} is not named like a checkpoint")
     return int(found[1])
+
+
+def drop_after(path: Path) -> None:
+    """Remove the checkpoints of later steps: the run went back, and they are of a history that it left."""
+    for other in _candidates(path.parent):
+        if step_of(other) > step_of(path):
+            _remove(other)
 
 
 def clean(root: Path) -> None:
@@ -190,43 +229,25 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_space(root: Path, size: int) -> None:
-    needed, free = int(size * 1.1) + 65536, shutil.disk_usage(root).free
-    if free < needed:
-        raise StorageError(
-            f"The disk under {root} has {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB. "
-            "Free some space or choose another folder with out=FOLDER."
-        )
+def _make_room(root: Path, needed: int, keep: int, also_keep: Collection[int]) -> None:
+    """Remove what is outside of what stays if there is too little space. Raises: StorageError if that does not help."""
+    if shutil.disk_usage(root).free >= needed:
+        return
+    newest = find(root, hashes=False)[0]
+    if newest is not None:
+        clean(root)
+        _rotate(root, newest, keep, also_keep)
+    if shutil.disk_usage(root).free < needed:
+        raise disk_full(root, needed)
 
 
-def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
+def _write(folder: Path, step: int, files: Mapping[str, Iterable[Any]]) -> None:
     """All files, each durable; the manifest, which makes them a checkpoint, last."""
-    from safetensors.torch import save_file
-
-    for name, group in tensors.items():
-        save_file(_separate(group), folder / f"{name}{SUFFIX}")
-        (folder / f"{name}{SUFFIX}").chmod(0o666 & ~umask())  # safetensors writes 0600
-    (folder / STATE).write_text(state, encoding="utf-8")
-    files = {}
-    for path in sorted(folder.iterdir()):
-        sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
-    sync(manifest)
+    written = write_all({folder / name: pieces for name, pieces in files.items()})
+    entries = {name: file._asdict() for name, file in sorted(written.items())}
+    manifest = json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=1)
+    write(folder / MANIFEST, [manifest.encode()])
     sync(folder)
-
-
-def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous; tied ones are written twice, as safetensors refuses shared memory."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in group.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return separate
 
 
 def _make_way(final: Path) -> None:

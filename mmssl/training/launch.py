@@ -146,6 +146,12 @@ def check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
     for what in ("offload_optimizer", "offload_param"):
         if config.get("zero_optimization", {}).get(what, {}).get("device", "none") != "none":
             raise RecipeError(f"The DeepSpeed file sets {what}, which the teacher does not follow; remove it.")
+    policies = [name for name in ("on_nonfinite", "on_collapse") if getattr(recipe.watch, name) == "rollback"]
+    if policies and config.get("zero_optimization", {}).get("stage") in (1, 2):
+        raise RecipeError(
+            f"watch.{policies[0]}: rollback does not work under ZeRO-1 and ZeRO-2, whose moments cannot be written; set it to "
+            "stop, or use ZeRO-3 or DDP."
+        )
     for engine in ("bf16", "fp16"):
         if config.get(engine, {}).get("enabled") is True:
             raise RecipeError(

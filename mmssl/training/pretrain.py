@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +13,43 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe
-from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
+from mmssl.data.dataset import KeyedDataset, start_worker
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import open_source
-from mmssl.distributed import rank, world
+from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import load_weights
 from mmssl.parts import Teacher
 from mmssl.registry import Modality, Views, modality
-from mmssl.training.batches import PassByPass, key_batches, steps_per_epoch
+from mmssl.training.batches import PassByPass, identity, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.outcome import record_failure
 from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
+from mmssl.training.replay import record
+from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import load_run, reopen, save_run
+from mmssl.training.saving import Proof, load_run, reopen, rewind, save_run
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
+from mmssl.training.tracking import track
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Clock
 
 
-def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> Path:
+def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allow_changed: Collection[str] = ()) -> Path:
     """Train as the recipe says.
 
     Args:
         recipe: checked; `recipe.out` is the run folder.
         overwrite: remove an earlier run in that folder.
         resume: go on from the newest complete checkpoint in that folder.
+        allow_changed: keys of the recipe, or blocks, that may differ from those that the run was saved with.
     Returns: the run folder; `model/` in it is the encoder.
     Raises: MmsslError with the exit status of the contract.
     """
-    run = prepare(recipe, overwrite, resume)
+    run = prepare(recipe, overwrite, resume, allow_changed=allow_changed)
     log, handler = logging.getLogger("mmssl"), run.folder.log_handler()
     log.setLevel(logging.INFO)
     log.addHandler(handler)
@@ -63,7 +68,11 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> P
 
 
 def prepare(
-    recipe: Recipe, overwrite: bool = False, resume: bool = False, trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer
+    recipe: Recipe,
+    overwrite: bool = False,
+    resume: bool = False,
+    trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
+    allow_changed: Collection[str] = (),
 ) -> Run:
     """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
     args = training_arguments(recipe)
@@ -77,7 +86,7 @@ def prepare(
     folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
-        return Run(recipe, args, kind, views, data, folder, resume, trainer)
+        return Run(recipe, args, kind, views, data, folder, resume, trainer, allow_changed)
     except BaseException as error:
         record_failure(folder, error)
         raise
@@ -96,6 +105,7 @@ class Run:
         folder: RunFolder,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
+        allow_changed: Collection[str] = (),
     ):
         self.recipe, self.args, self.views, self.folder = recipe, args, views, folder
         self.source = source = data.source
@@ -118,21 +128,9 @@ class Run:
         self.pictures = Pictures(source, self.probes.sets, kind, views, folder, recipe.train.seed)
         classes, source = self.probes.labels(data)
         if source.streaming:
+            total = self.steps * self.accumulation
             self.dataset: Any = None
-            self.stream = lambda first: KeyedStream(
-                source,
-                kind,
-                self.views,
-                recipe.train.seed,
-                self.quarantine,
-                micro_batch=self.micro,
-                batches=self.steps * self.accumulation,
-                start=first,
-                rank=rank(),
-                world=world(),
-                readers=recipe.data.readers,
-                block=recipe.data.block,
-            )
+            self.stream = lambda first: key_stream(recipe, source, kind, self.views, self.quarantine, self.micro, total, first)
         else:
             self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
         method = recipe.build()
@@ -147,7 +145,9 @@ class Run:
             for block in (b for e in encoders for b in e.compilable()):
                 block.compile()
         self.objective = Objective(method, classes)
-        tensors, state = load_run(self.objective, folder, source.streaming) if resume else ({}, {})
+        tensors, state, found = {}, {}, None
+        if resume:
+            tensors, state, found = load_run(self.objective, folder, recipe, source.streaming, allow_changed, self._next_batch)
         folder.write_identity(recipe.dump(), sys.argv, source.facts)
         self.start = int(state.get("step", 0))
         self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)
@@ -168,8 +168,16 @@ class Run:
             tensors.get("optimizer"),
             self.views.ragged,
             None if self.source.streaming else self._describe,
+            lambda trainer: record(trainer, folder, source, views),
+            self._rewind,
+            folder.read_status().get("rollbacks") or 0 if resume else 0,
         )
         self.trainer.metrics = state.get("metrics", {})
+        self.trainer.recent = state.get("skipped", [])
+        self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
+        if found is not None:
+            self.trainer.add_callback(Proof(self.trainer, found))
+        track(self.trainer, folder)
 
     def _loader(self, start: int) -> DataLoader | PassByPass:
         """Batches of this rank from update `start` to the end."""
@@ -228,4 +236,12 @@ class Run:
         return describe(trainer, self.source, self.dataset.kind, self.views, self.micro)
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
-        save_run(trainer, self.views, self.folder)
+        save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
+
+    def _next_batch(self, step: int) -> str | None:
+        """Identity of the update after `step`; None where it is not a function of the data alone."""
+        return None if self.source.streaming or self._chooses else identity(self.recipe, self.source, self.views, step)
+
+    def _rewind(self, trainer: SelfSupervisedTrainer, why: MmsslError) -> None:
+        rewind(trainer, self.folder, why)
+        self.progress.back(trainer.state.global_step)

@@ -24,6 +24,10 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
+    def back(self, step: int) -> None:
+        """The run went back."""
+        self.bar.update(step - self.bar.n)
+
     def report(self, line: dict[str, Any]) -> None:
         """One logged step."""
         self.folder.log_metrics(line)

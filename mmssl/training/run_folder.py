@@ -30,7 +30,7 @@ from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
-FOLDERS = ("model", "heads", "report")
+FOLDERS = ("model", "heads", "report", "replay", "runs")
 TRACES = (
     ".tmp-*",
     ".del-*",
@@ -65,6 +65,13 @@ def redact_command(argv: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+class LogFile(logging.FileHandler):
+    """log.txt. What finds no space there is lost, without a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing."""
+
+
 class Redacted(logging.Formatter):
     """A log formatter whose records hold no secrets, tracebacks included."""
 
@@ -77,14 +84,14 @@ class Redacted(logging.Formatter):
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Turns what a full, read-only or broken disk raises into a StorageError that names `path`."""
+def storing(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turns what a full, read-only or broken disk raises into a StorageError that names `path` and the bytes `needed`."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
-        raise storage_error(error, path) or StorageError(f"{path} cannot be written: {error}.") from error
+        raise storage_error(error, path, needed) or StorageError(f"{path} cannot be written: {error}.") from error
 
 
 def sync(path: Path) -> None:
@@ -105,6 +112,19 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, all or nothing. Raises: OSError."""
+    data = memoryview(text.encode())
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def plain(value: Any) -> Any:
@@ -202,6 +222,7 @@ class RunFolder:
     metrics = _inside("metrics.jsonl")  # one object for each logged step
     log = _inside("log.txt")
     checkpoints = _inside("checkpoints")
+    replay = _inside("replay")  # step-N.json: the batch of an update that was not applied
     model = _inside("model")  # the encoder, for AutoModel
     heads = _inside("heads")  # all else that was trained
     card = _inside("README.md")
@@ -210,6 +231,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, is_main: bool = True):
         self.path, self.is_main = Path(path), is_main
+        self.unwritten, self.muted = "", False  # lines of metrics.jsonl that found no space; whether that was said
 
     @classmethod
     def create(cls, path: str | Path, overwrite: bool = False, is_main: bool = True) -> RunFolder:
@@ -224,7 +246,7 @@ class RunFolder:
         folder = cls(path, is_main)
         if is_main:
             folder._claim(overwrite)
-            folder.status("running", step=0, steps=None)
+            folder.status("running", step=0, steps=None, rollbacks=0, tracker=secrets.token_hex(4))
         cls.current = folder.path
         return folder
 
@@ -304,29 +326,33 @@ class RunFolder:
             write_atomic(self.config, redact(recipe_yaml))
             write_atomic(self.env, json.dumps(environment(), indent=2) + "\n")
             write_atomic(self.data, json.dumps(plain(data_facts), indent=2) + "\n")
-            with self.command.open("a", encoding="utf-8") as file:
-                file.write(redact_command(argv) + "\n")
+            append(self.command, redact_command(argv) + "\n")
 
     def log_handler(self) -> logging.Handler:
         """A handler that appends to log.txt, without secrets; it drops everything on the other ranks."""
         if not self.is_main:
             return logging.NullHandler()
         with storing(self.log):
-            handler = logging.FileHandler(self.log, encoding="utf-8")
+            handler = LogFile(self.log, encoding="utf-8")
         handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         return handler
 
     def log_metrics(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl at once.
+        """Append one line to metrics.jsonl at once; if the disk is full or read-only, together with a later one.
 
         Args:
             record: `step` and numbers (of Python, NumPy, or () tensors); what is not finite is written as null.
-        Raises: StorageError.
         """
-        if self.is_main:
-            line = json.dumps(plain(record), allow_nan=False) + "\n"
-            with storing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-                file.write(line)
+        if not self.is_main:
+            return
+        self.unwritten += json.dumps(plain(record), allow_nan=False) + "\n"
+        try:
+            append(self.metrics, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            if not self.muted:
+                print(f"mmssl: note: {storage_error(error, self.metrics) or error} Lines are kept for later.", file=sys.stderr)
+            self.muted = True
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again, and what a crash tore. Raises: StorageError."""
@@ -349,7 +375,8 @@ class RunFolder:
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, launch, error (text), code, ...; the first three stay as they were if not given.
+            facts: step, steps, launch, rollbacks, tracker (its id there), error (text), code, ...; the first five stay as they
+                were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -358,7 +385,7 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        kept = {name: before.get(name) for name in ("step", "steps", "launch")}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks", "tracker")}
         known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")

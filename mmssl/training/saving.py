@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from mmssl.distributed import all_sum, barrier, world
-from mmssl.errors import CheckpointError, NonFiniteError
+from mmssl import __version__
+from mmssl.config import Recipe
+from mmssl.distributed import all_sum, barrier, gather_objects, world
+from mmssl.errors import CheckpointError, CollapseError, MmsslError, NonFiniteError, RecipeError, StorageError, storage_error
 from mmssl.hub.export import export_encoder, export_heads
 from mmssl.registry import Views
-from mmssl.training import checkpoint
+from mmssl.training import checkpoint, resuming
+from mmssl.training.guards import broken
 from mmssl.training.objective import Objective
 from mmssl.training.run_folder import RunFolder, write_atomic
-from mmssl.training.state import load_model_state, model_state, optimizer_state
+from mmssl.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state, restore_model_state
 from mmssl.training.trainer import SelfSupervisedTrainer
 
 
@@ -30,51 +36,173 @@ def reopen(path: Path) -> RunFolder:
     return folder
 
 
-def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder) -> None:
-    """Checkpoint and `model/`, written by the main process from whole tensors."""
+def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder, next_batch: str | None = None) -> None:
+    """Checkpoint and `model/`, written by the main process from whole tensors.
+
+    Args:
+        next_batch: identity of the update that comes next, see `batches.identity`.
+    Raises: NonFiniteError if anything of it is not finite; StorageError if the disk is full or read-only for the
+        `save.max_failed`th time in a row, or when the run ends. Before that it is said, and the run goes on.
+    """
     tensors = {"model": model_state(trainer.objective), "optimizer": optimizer_state(trainer.objective, trainer.optimizer)}
-    broken = [n for part in tensors.values() for n, t in part.items() if not bool(t.isfinite().all())]
-    if broken:
-        raise NonFiniteError(f"{broken[0]} is not finite at step {trainer.state.global_step}; nothing was saved.")
+    for part in tensors.values():
+        if name := broken(part):
+            raise NonFiniteError(f"{name} is not finite at step {trainer.state.global_step}; nothing was saved.")
     problem: Exception | None = None
     if folder.is_main:
-        step = trainer.state.global_step
-        state = {
-            "step": step,
-            "applied": trainer.applied,
-            "steps": trainer.steps,
-            "world": world(),
-            "samples": [trainer.bad, trainer.seen],
-            "metrics": trainer.metrics,
-        }
         try:
-            checkpoint.save(folder.checkpoints, step, tensors, state, trainer.recipe.save.keep)
-            export_encoder(trainer.recipe, views, tensors["model"], folder.model, metrics=trainer.metrics, step=step)
-            export_heads(tensors["model"], folder.heads)
-            write_atomic(folder.card, (folder.model / "README.md").read_text("utf-8"))
-            folder.status("running", step=step, steps=trainer.steps)
+            _save(trainer, views, folder, tensors, next_batch)
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = error
-    failed = float(all_sum(torch.tensor(float(problem is not None), device=trainer.args.device)))
+            problem = storage_error(error, folder.path) or error
+    mine = [float(problem is not None), float(problem is not None and not isinstance(problem, StorageError))]
+    failed, fatal = all_sum(torch.tensor(mine, device=trainer.args.device)).tolist()
+    trainer.failed_saves = trainer.failed_saves + 1 if failed else 0
+    if failed and not fatal and trainer.failed_saves < trainer.recipe.save.max_failed and not trainer.ending:
+        if problem is not None:
+            left = trainer.recipe.save.max_failed - trainer.failed_saves
+            warn(
+                f"{problem} Step {trainer.state.global_step} was not saved, older checkpoints are as they were; the run stops "
+                f"when {left} more saves fail (save.max_failed)."
+            )
+        return
     if problem is not None:
         raise problem
     if failed:
-        raise CheckpointError("The main process could not save; its message says why.")
-    barrier()
+        raise StorageError("The main process could not save; its message says why.")
+
+
+def _save(
+    trainer: SelfSupervisedTrainer,
+    views: Views,
+    folder: RunFolder,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    next_batch: str | None,
+) -> None:
+    step, recipe = trainer.state.global_step, trainer.recipe
+    also_keep = trainer.retention.at(step)
+    state = {
+        "step": step,
+        "applied": trainer.applied,
+        "steps": trainer.steps,
+        "world": world(),
+        "samples": [trainer.bad, trainer.seen],
+        "skipped": trainer.recent,
+        "retention": trainer.retention.state(),
+        "next_batch": next_batch,
+        "metrics": trainer.metrics,
+        "recipe": resuming.facts(recipe),
+        "tracker": folder.read_status().get("tracker"),
+        "versions": {"mmssl": __version__, "torch": torch.__version__},
+    }
+    checkpoint.save(folder.checkpoints, step, tensors, state, recipe.save.keep, also_keep)
+    export_encoder(recipe, views, tensors["model"], folder.model, metrics=trainer.metrics, step=step)
+    export_heads(tensors["model"], folder.heads)
+    write_atomic(folder.card, (folder.model / "README.md").read_text("utf-8"))
+    folder.status("running", step=step, steps=trainer.steps)
 
 
 def load_run(
-    objective: Objective, folder: RunFolder, streaming: bool
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Tensors and state of the newest usable checkpoint; the weights are loaded already. Raises: CheckpointError."""
-    path, reasons = checkpoint.find(folder.checkpoints)
-    for reason in reasons if folder.is_main else []:
-        print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
+    objective: Objective,
+    folder: RunFolder,
+    recipe: Recipe,
+    streaming: bool,
+    allowed: Collection[str] = (),
+    next_batch: Callable[[int], str | None] = lambda _: None,
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any], Path]:
+    """Tensors, state and path of the newest usable checkpoint; the weights are loaded already.
+
+    Args:
+        allowed: keys of the recipe that may differ from the saved ones.
+        next_batch: step -> identity of the update that comes next.
+    Raises: CheckpointError if there is none; RecipeError if the recipe or the data are others than those of the run.
+    """
+    path = choose(folder)
     if path is None:
         raise CheckpointError(f"{folder.path} holds no usable checkpoint. Start again with overwrite=true.")
     tensors, state = checkpoint.load(path)
+    resuming.check_changes(state.get("recipe", {}), recipe, allowed, folder.is_main)
     if streaming and state["world"] != world():
         raise CheckpointError(f"A stream resumes on as many processes as it was saved on: {state['world']}, not {world()}.")
+    now = next_batch(int(state["step"]))
+    if (
+        None not in (state.get("next_batch"), now)
+        and state["next_batch"] != now
+        and not any(resuming.within(key, ["data"]) for key in allowed)
+    ):
+        raise RecipeError(
+            f"data.path: the batch after step {state['step']} holds other samples than when the run was saved: the data have "
+            "changed, or the number of processes where train.micro_batch is unset. Go on all the same with "
+            f"mmssl resume {folder.path} allow_changed=data."
+        )
     load_model_state(objective, tensors["model"])
-    folder.truncate_metrics(int(state["step"]))
-    return tensors, state
+    barrier()  # all have read it
+    if folder.is_main:
+        folder.truncate_metrics(int(state["step"]))
+        checkpoint.note_try(path)
+    return tensors, state, path
+
+
+class Proof(TrainerCallback):
+    """Notes that the run got through an update from the checkpoint that it was resumed from."""
+
+    def __init__(self, trainer: SelfSupervisedTrainer, path: Path):
+        self.trainer = trainer
+        self.path: Path | None = path
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The first time that one was applied."""
+        if self.path is not None and not self.trainer.skips:
+            if state.is_world_process_zero:
+                checkpoint.forget_tries(self.path)
+            self.path = None
+
+
+def choose(folder: RunFolder, most: int | None = None) -> Path | None:
+    """The newest usable checkpoint of a step up to `most`. The main process verifies them, the others are told its name.
+
+    Raises: CheckpointError if the main process could not.
+    """
+    name, problem = None, None
+    if folder.is_main:
+        try:
+            path, reasons = checkpoint.find(folder.checkpoints, most=most)
+            for reason in reasons:
+                print(f"mmssl: checkpoint left out: {reason}", file=sys.stderr)
+            name = path and path.name
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = error
+    name, failed = gather_objects((name, problem is not None))[0]
+    if problem is not None:
+        raise problem
+    if failed:
+        raise CheckpointError("The main process could not look for checkpoints; its message says why.")
+    return name and folder.checkpoints / name
+
+
+def rewind(trainer: SelfSupervisedTrainer, folder: RunFolder, why: MmsslError) -> None:
+    """Go back to a checkpoint, in this process; what was logged since is dropped.
+
+    It is the newest one; after a collapse, the last that proved healthy if there is one, and later ones are removed, as they
+    hold what led there. Raises: `why` if there is none.
+    """
+    folder.status("running", rollbacks=trainer.rollbacks)  # first, so that a resume takes the same rate
+    healthy = trainer.retention.healthy if isinstance(why, CollapseError) else None
+    path = choose(folder, healthy) or choose(folder)
+    if path is None:
+        raise type(why)(f"{why} There is no checkpoint to go back to.")
+    tensors, state = checkpoint.load(path)
+    restore_model_state(trainer.objective, tensors["model"])
+    load_optimizer_state(trainer.objective, trainer.optimizer, tensors["optimizer"])
+    trainer.stand_at(state)
+    barrier()  # all have read it
+    if folder.is_main:
+        folder.truncate_metrics(int(state["step"]))
+        checkpoint.drop_after(path)
+        factor = trainer.recipe.watch.rollback_factor**trainer.rollbacks
+        warn(f"{why} Going on from step {state['step']} with {factor:g} of the learning rate (watch.rollback_factor).")
+
+
+def warn(text: str) -> None:
+    """On the terminal and in log.txt."""
+    logging.getLogger("mmssl").warning(text)
+    print(f"mmssl: note: {text}", file=sys.stderr)

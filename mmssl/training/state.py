@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmssl.distributed import full_value, is_partitioned, rank, share_slices
+from mmssl.distributed import full_value, is_partitioned, rank, set_full_value, share_slices
 from mmssl.errors import CheckpointError
 from mmssl.training.objective import Objective
 
@@ -16,16 +16,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def model_state(objective: Objective) -> dict[str, Tensor]:
-    """Name -> whole fp32 tensor on the CPU, teacher included. A collective under ZeRO-3."""
+    """Name -> whole fp32 tensor on the CPU, teacher included; where that is the trained tensor itself, before the next update.
+    A collective under ZeRO-3.
+    """
     state = dict(objective.state_dict())
     for name, parameter in objective.named_parameters():
         if is_partitioned(parameter):
             state[name] = full_value(parameter)
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
-    """Before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
+    """In place, before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
     own = objective.state_dict()
     wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
     wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]
@@ -34,9 +36,19 @@ def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
     objective.load_state_dict(saved)
 
 
+def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
+    """The same while it trains, wrapped or partitioned as it is."""
+    split = {name: parameter for name, parameter in objective.named_parameters() if is_partitioned(parameter)}
+    if not split:
+        return load_model_state(objective, saved)
+    objective.load_state_dict({name: tensor for name, tensor in saved.items() if name not in split}, strict=False)
+    for name, parameter in split.items():
+        set_full_value(parameter, saved[name])
+
+
 @torch.no_grad()
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
-    """`name.exp_avg`, `name.step` and so on of every trained parameter, whole. A collective under ZeRO."""
+    """`name.exp_avg`, `name.step` and so on of every trained parameter, whole, as `model_state`. A collective under ZeRO."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
     state: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
@@ -49,16 +61,18 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
         else:
             for moment, value in inner.state.get(parameter, {}).items():
                 state[f"{name}.{moment}"] = value
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 @torch.no_grad()
 def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, Tensor]) -> None:
-    """After the engine was built."""
+    """After the engine was built; what it holds is replaced."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     zero = hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
     if zero:
         _create_zero_moments(inner)
+    else:
+        inner.state.clear()
     for name, parameter in objective.named_parameters():
         own = {key.rpartition(".")[2]: value for key, value in saved.items() if key.rpartition(".")[0] == name}
         if not parameter.requires_grad or not own:

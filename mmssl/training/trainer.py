@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +18,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from mmssl.config import Recipe
 from mmssl.data.quarantine import Quarantine
 from mmssl.distributed import all_max, all_sum, check_world, rank, world
-from mmssl.errors import CollapseError, DataError, NonFiniteError, RecipeError
+from mmssl.errors import CollapseError, DataError, MmsslError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
+from mmssl.training.guards import LocalGradients, RunningStatistics, forget_gradients, weights_finite
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.limits import Limits
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
+from mmssl.training.retention import Retention
 from mmssl.training.state import load_optimizer_state
 from mmssl.types import Batch, Clock
+
+RECENT = 1000  # updates among which those that were left out are counted
 
 
 class Rates:
@@ -72,6 +78,9 @@ class SelfSupervisedTrainer(Trainer):
         probe: called every `watch.every` updates on all ranks; returns metrics.
         save: called at each save with the step, on all ranks.
         describe: gives what the method makes of every sample of the data, on all ranks.
+        skipped: called after an update that was left out, on all ranks, while `taken` and `norm` still tell of it; returns
+            what an error should say about its samples.
+        rewind: goes back to a checkpoint because of that error, on all ranks; None where there is nothing to go back to.
         quarantine: counts unreadable samples.
         ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
     """
@@ -94,6 +103,9 @@ class SelfSupervisedTrainer(Trainer):
         optimizer_state: dict[str, Tensor] | None = None,
         ragged: bool = False,
         describe: Callable[[SelfSupervisedTrainer], Tensor] | None = None,
+        skipped: Callable[[SelfSupervisedTrainer], str] = lambda _: "",
+        rewind: Callable[[SelfSupervisedTrainer, MmsslError], None] | None = None,
+        rollbacks: int = 0,
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
@@ -109,10 +121,18 @@ class SelfSupervisedTrainer(Trainer):
         self.counted, (self.bad, self.seen) = counted, counted
         self.rate = schedule(recipe.optim, recipe.train.global_batch, steps / epoch_steps)
         self.lr = 0.0  # of the last update
-        self.limits = Limits(objective.method.guards(), recipe.watch)
+        self.limits = Limits(objective.method.guards(), recipe.watch, objective.method.judge)
         self.ragged, self._describe = ragged, describe
         self.weights: list[Tensor] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
+        self.recent: list[int] = []  # steps of the last thousand whose update was left out
+        self.taken: list[tuple[Tensor, dict[str, Tensor]]] = []  # samples and loss terms of this update's micro-batches
+        self.norm: float | None = None  # of its gradients, if it came to them
+        self.told = ""  # about the samples of the last update that was left out
+        self.note_skip, self.rewind, self.rollbacks = skipped, rewind, rollbacks
+        self.warned: set[str] = set()  # metrics below the guard
+        self.retention = Retention(steps, recipe.save)
+        self.failed_saves = 0  # in a row
         self.stop_signal: int | None = None
         self.pending: list[dict[str, Tensor]] = []  # of this update, counted once it is applied
         self.sums: dict[str, Tensor] = {}
@@ -123,6 +143,8 @@ class SelfSupervisedTrainer(Trainer):
         self.last_log = (time.perf_counter(), 0)  # and samples by then
         self.metrics: dict[str, float] = {}
         self.module_parameters = [p for p in objective.method.parameters() if p.requires_grad]
+        self.statistics = RunningStatistics(objective.method)
+        self.gradients = LocalGradients(objective.method) if self.is_deepspeed_enabled else None
 
     @property
     def clock(self) -> Clock:
@@ -132,8 +154,13 @@ class SelfSupervisedTrainer(Trainer):
     # Data: the loader yields keys from an absolute position; the Trainer must neither re-shard nor skip -----------------
 
     def get_train_dataloader(self) -> Any:
-        """Batches of this rank from `start` to the end."""
-        return self.loader(self.start)
+        """Batches of this rank, from the update that comes next to the end."""
+        return Onward(self)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """A pass of the Trainer ends early where the run goes back, and the next one begins there."""
+        _, *rest = super().set_initial_training_values(*args, **kwargs)
+        return 1 + self.recipe.watch.max_rollbacks, *rest
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
         """Lazily: the Trainer would hold all micro-batches of an update in memory.
@@ -202,9 +229,10 @@ class SelfSupervisedTrainer(Trainer):
 
     def begin_update(self) -> None:
         """Rates and passes for this update."""
-        self.micro, self.spoilt, self.pending = 0, False, []
+        self.micro, self.spoilt, self.pending, self.taken, self.norm = 0, False, [], [], None
         assert self.optimizer is not None
-        self.lr = self.rate(self.clock)
+        self.lr = self.rate(self.clock) * self.recipe.watch.rollback_factor**self.rollbacks
+        self.statistics.keep()
         self.objective.method.before_step(self.clock)
         set_rates(self.optimizer, self.lr, self.clock, self.objective.method)
 
@@ -221,6 +249,7 @@ class SelfSupervisedTrainer(Trainer):
         if weight is not None:
             out = {name: value if name.startswith("health/") else value * weight for name, value in out.items()}
         total = out.pop("total") / self.args.gradient_accumulation_steps
+        self.taken.append((inputs["index"], {name: value for name, value in out.items() if name.startswith("loss/")}))
         bad = ~torch.isfinite(total.detach())
         for name, value in out.items():
             bad = bad | ~torch.isfinite(value) if name.startswith("loss") else bad
@@ -228,10 +257,22 @@ class SelfSupervisedTrainer(Trainer):
             self.spoilt = True
         if self.spoilt:
             return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
-        deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(total, **deepspeed)
+        self._backward(total)
         self.pending.append(out)
         return total.detach()
+
+    def _backward(self, total: Tensor) -> None:
+        """Under DeepSpeed the optimizer would step within accelerate's backward; here ranks vote on their gradients first."""
+        if self.gradients is None:
+            return self.accelerator.backward(total)
+        engine: Any = self.model_wrapped
+        last = self.accelerator.sync_gradients
+        engine.set_gradient_accumulation_boundary(is_boundary=last)
+        engine.backward(total, scale_wrt_gas=False)
+        if float(all_max(self.gradients.take(total.device))):
+            self.spoilt = True
+        elif last:
+            engine.step()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The method's gradients only: labels reach the probe, and must not reach the encoder through a shared norm."""
@@ -245,7 +286,8 @@ class SelfSupervisedTrainer(Trainer):
             return super()._get_grad_norm(model, grad_norm)
         if grad_norm is None:
             grad_norm = self.accelerator.clip_grad_norm_(self.module_parameters, math.inf)
-        if self.spoilt or not bool(torch.isfinite(torch.as_tensor(grad_norm))):
+        self.norm = float(grad_norm)
+        if self.spoilt or not math.isfinite(self.norm):
             self.spoilt = True
             model.zero_grad(set_to_none=True)  # optimizers leave parameters without gradient alone
         if self.recipe.optim.clip_each:
@@ -254,18 +296,11 @@ class SelfSupervisedTrainer(Trainer):
 
     def end_update(self, control: TrainerControl) -> None:
         """Teacher and other parts, if the update was applied; decide what happens next."""
-        if self.spoilt or self.accelerator.optimizer_step_was_skipped:
-            self.skips += 1
-            self.skipped_since_log += 1
-            if self.is_deepspeed_enabled:  # what it has accumulated of this update outlives the Trainer's zero_grad
-                inner: Any = self.optimizer
-                inner.optimizer.zero_grad()
-            if self.skips > self.recipe.train.max_skips:
-                raise NonFiniteError(
-                    f"Loss or gradients were not finite in {self.skips} updates in a row, "
-                    f"the last one at step {self.state.global_step}; "
-                    "nothing of them was applied or saved. Lower optim.lr, lengthen optim.warmup, or set optim.clip."
-                )
+        lost = not self._weights_finite()
+        if lost or self.spoilt or self.accelerator.optimizer_step_was_skipped:
+            self._leave_out()
+            if error := self._unbearable(lost):
+                return self._retreat(error, control)
         else:
             self.skips = 0
             self.applied += 1
@@ -290,6 +325,74 @@ class SelfSupervisedTrainer(Trainer):
         control.should_evaluate = not stop and bool(last or (every and self.state.global_step % every == 0))
         control.should_log = last or self.state.global_step % self.recipe.train.log_every == 0
 
+    # What was not applied --------------------------------------------------------------------------------------------
+
+    def _weights_finite(self) -> bool:
+        """Of all ranks. A weight may be lost in the step itself, or be of use to few samples, so that no loss shows it."""
+        return not float(all_max(1 - weights_finite(self.objective.method).float()))
+
+    def _leave_out(self) -> None:
+        """Of an update that is not applied nothing stays but a record and its place in the order of samples."""
+        self.skips += 1
+        self.skipped_since_log += 1
+        step = self.state.global_step
+        self.recent = [*(s for s in self.recent if s > step - RECENT), step]
+        self.retention.trouble()
+        self.statistics.restore()
+        if self.is_deepspeed_enabled:
+            inner: Any = self.optimizer
+            forget_gradients(inner.optimizer)
+        self.told = self.note_skip(self)
+
+    def _unbearable(self, lost: bool) -> NonFiniteError | None:
+        """Why the run cannot simply go on with the next batch, if it cannot."""
+        train, step = self.recipe.train, self.state.global_step
+        mend = "Nothing of it was applied or saved. Lower optim.lr, lengthen optim.warmup, or set optim.clip."
+        mend += self.told
+        if lost:
+            return NonFiniteError(f"Weights are not finite since step {step}; the teacher has not followed them. {mend}")
+        if self.skips > train.max_skips:
+            return NonFiniteError(
+                f"Loss or gradients were not finite in {self.skips} updates in a row, the last one at step {step}. {mend}"
+            )
+        if len(self.recent) > max(train.max_skips, train.max_skip_share * RECENT):
+            return NonFiniteError(
+                f"Loss or gradients were not finite in {len(self.recent)} of the last {min(step, RECENT)} updates, "
+                f"more than train.max_skip_share allows. {mend}"
+            )
+        return None
+
+    def _retreat(self, error: MmsslError, control: TrainerControl) -> None:
+        """Go back with a lower rate if the recipe wants that, and has not yet too often. Raises: the error otherwise."""
+        watch = self.recipe.watch
+        policy = watch.on_collapse if isinstance(error, CollapseError) else watch.on_nonfinite
+        if policy != "rollback" or self.rewind is None:
+            raise error
+        if self.rollbacks == watch.max_rollbacks:
+            raise type(error)(f"{error} The run went back {self.rollbacks} times already (watch.max_rollbacks).")
+        self.rollbacks += 1
+        self.rewind(self, error)
+        control.should_epoch_stop, control.should_training_stop = True, False
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing comes after this save."""
+        return self.stop_signal is not None or self.state.global_step >= self.steps
+
+    def stand_at(self, state: dict[str, Any]) -> None:
+        """Take the counters of a checkpoint that was loaded, and forget what came after it.
+
+        Samples stay counted as seen, those that will be seen again too.
+        """
+        self.state.global_step = self._done = int(state["step"])
+        self.applied, self.metrics = int(state["applied"]), state["metrics"]
+        self.recent = [*state.get("skipped", [])]
+        self.retention = Retention(self.steps, self.recipe.save, state.get("retention"))
+        self.skips, self.spoilt, self.pending, self.weights = 0, False, [], []
+        self.sums, self.terms, self.skipped_since_log = {}, 0, 0
+        self.last_log = (time.perf_counter(), self.samples)
+
     # Logging, probes, saving -----------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -298,7 +401,9 @@ class SelfSupervisedTrainer(Trainer):
         self._done = self.state.global_step
         grad_norm = args[1]
         if self.control.should_log:
-            self._guard(self._log_terms(grad_norm))
+            collapsed = self._guard(self._log_terms(grad_norm))
+            if collapsed is not None:
+                return self._retreat(collapsed, self.control)
         if self.control.should_evaluate:
             then = time.perf_counter()
             self.metrics = self.probe(self)
@@ -334,26 +439,17 @@ class SelfSupervisedTrainer(Trainer):
         """The sum over ranks."""
         return int(all_sum(torch.tensor(samples, device=self.args.device)))
 
-    def _guard(self, line: dict[str, Any]) -> None:
-        """Stop a run whose health is below what `watch.guard` or its method asks for. A line without an applied update tells
-        nothing.
-        """
-        if line["loss"] is None:
-            return
-        watch, known = self.recipe.watch, sorted(name[7:] for name in line if name.startswith("health/"))
-        for name, least in watch.guard.items():
-            if name not in known:
-                raise RecipeError(f"watch.guard.{name}: the method reports no such metric; known are {', '.join(known)}.")
-            value = line[f"health/{name}"]
-            if line["step"] > watch.guard_after and not value >= least:
-                raise CollapseError(
-                    f"health/{name} is {value:.4g} at step {line['step']}, below the {least:g} of watch.guard: the run has "
-                    "collapsed, or is about to. Lower optim.lr, raise method.momentum or take a larger train.global_batch, and "
-                    "judge by the probes; watch.guard={} turns the guard off. The last checkpoint is kept."
-                    + "".join(f" The method says: {found}." for found in self.objective.method.judge(line))
-                )
-        if (collapsed := self.limits.breached(line)) is not None:
-            raise collapsed
+    def _guard(self, line: dict[str, Any]) -> CollapseError | None:
+        """Why a run cannot go on whose health is below what `watch.guard` or its method asks for."""
+        for name, error in self.limits.breached(line).items():
+            self.retention.trouble()
+            if self.recipe.watch.on_collapse != "warn":
+                return error
+            if name not in self.warned and self.is_world_process_zero():
+                logging.getLogger("mmssl").warning(str(error))
+                print(f"mmssl: note: {error}", file=sys.stderr)
+            self.warned.add(name)
+        return None
 
     def _emit(self, line: dict[str, Any]) -> None:
         if self.is_world_process_zero():
@@ -382,6 +478,20 @@ class SelfSupervisedTrainer(Trainer):
         """
         with Signals(self):
             self.train()
+
+
+class Onward:
+    """The loader of the Trainer: each time it is gone through, it begins where the run stands."""
+
+    def __init__(self, trainer: SelfSupervisedTrainer):
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run."""
+        return self.trainer.steps * self.trainer.args.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.trainer.loader(self.trainer.state.global_step))
 
 
 class LazyBatches:

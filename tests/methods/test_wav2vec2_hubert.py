@@ -577,11 +577,11 @@ def test_a_guard_of_the_method_waits_for_three_lines_in_a_row():
     watch, guard = WatchOptions(guard_after=10), Guard("rows", 2.0, "take more rows")
     limits = Limits([guard], watch)
     given = [(5, 1), (11, 1), (12, 1), (13, 2), (14, 1), (15, float("nan")), (16, 1.5), (17, 1)]
-    found = [limits.breached({"step": step, "health/rows": value}) for step, value in given]
+    found = [limits.breached({"step": step, "loss": 1.0, "health/rows": value}).get("rows") for step, value in given]
     assert [error is not None for error in found] == [False] * 6 + [True, False]
     assert "health/rows is 1.5 at step 16" in str(found[6])
     assert "take more rows" in str(found[6])
-    assert limits.breached({"step": 99}) is None  # a line of probes
+    assert not limits.breached({"step": 99})  # a line of probes
     assert not Limits([guard], WatchOptions(guard={"rows": 0.0})).guards
 
 

@@ -174,6 +174,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path, file, damage):
+    """T18: R1."""
     write(tmp_path, 1)
     bad = write(tmp_path, 2)
     DAMAGE[damage](bad / file)
@@ -230,6 +231,7 @@ def test_loading_damage_that_only_a_hash_shows_is_no_crash(tmp_path):
 
 
 def test_clean_removes_leftovers_of_this_root_only(tmp_path):
+    """R5."""
     write(tmp_path / "a", 1)
     for name in ("a/.tmp-step-00000002-ab", "a/.del-step-00000001-cd", "a/.tmp-mine", "b/.tmp-step-00000002-ab"):
         (tmp_path / name).mkdir(parents=True)
@@ -251,31 +253,9 @@ def test_too_little_space_is_found_before_writing(tmp_path, monkeypatch):
     write(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(StorageError, match=r"1 MB free, a checkpoint needs 4 MB"):
+    with pytest.raises(StorageError, match=r"is full; 44\d{5} bytes are needed; 1000000 bytes are free"):
         save(tmp_path, 2, tensors(2, 500_000), {}, keep=1)
     assert names(tmp_path) == ["step-00000001"]
-
-
-@pytest.mark.parametrize("moment", ["first file", "state", "sync", "rename"])
-@pytest.mark.parametrize(("number", "says"), [(28, "full"), (13, "write permission"), (5, "cannot be written")])
-def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch, moment, number, says):
-    write(tmp_path, 1, keep=1)
-
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    target = {
-        "first file": (__import__("safetensors.torch").torch, "save_file"),
-        "state": (Path, "write_text"),
-        "sync": (checkpoint, "sync"),
-        "rename": (Path, "rename"),
-    }
-    monkeypatch.setattr(*target[moment], fail)
-    with pytest.raises(StorageError, match=says):
-        write(tmp_path, 2, keep=1)
-    monkeypatch.undo()
-    assert names(tmp_path) == ["step-00000001"]
-    assert_holds(newest(tmp_path), 1)
 
 
 def test_a_limit_of_the_system_is_a_storage_error(tmp_path):
@@ -315,6 +295,7 @@ def save_forever(root, step):
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """T14 (a), in small."""
     draw, start, last = random.Random(0), time.monotonic(), 0
     interrupted = 0
     for _ in range(40):

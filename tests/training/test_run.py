@@ -89,6 +89,7 @@ def test_a_run_leaves_what_the_contract_names(whole):
 
 
 def test_a_killed_run_resumes_with_a_bit_identical_curve(whole, images, tmp_path):
+    """T14 (b) and T15, once."""
     for attempt in range(4):  # on a busy machine the blow may fall after the end
         out = tmp_path / f"run-{attempt}"
         process = subprocess.Popen(
@@ -191,6 +192,7 @@ def accelerate(profile: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("profile", "kind", "stage"), [("cpu2-ddp", "MULTI_CPU", None), ("cpu2-zero3", "DEEPSPEED", 3)])
 def test_two_processes_equal_one_and_take_over_from_each_other(profile, kind, stage, whole, images, tmp_path):
+    """T01, T03 and T19: DDP and ZeRO-3 against one process, and each resumed by the other."""
     if stage and not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
     out = tmp_path / "run"
@@ -325,11 +327,12 @@ def test_contradicting_launch_settings_are_refused(images, tmp_path):
         ({"gradient_clipping": 1.0}, r"optim\.clip"),
         ({"gradient_clipping": 4.0, "bf16": {"enabled": True}}, "bf16 engine"),
         ({"gradient_clipping": "auto", "torch_autocast": {"enabled": True}}, "agree"),
+        ({"gradient_clipping": "auto", "zero_optimization": {"stage": 2}}, r"watch\.on_collapse: rollback"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(file, word, images, tmp_path):
     with pytest.raises(RecipeError, match=word):
-        check_deepspeed(file, recipe(images, tmp_path))
+        check_deepspeed(file, recipe(images, tmp_path, "watch.on_collapse=rollback"))
 
 
 def test_a_non_finite_loss_is_skipped_and_never_logged_as_zero(images, tmp_path, monkeypatch):
