@@ -71,6 +71,7 @@ class Peers:
         if len(self.members) > 1:
             with storing(place):
                 place.mkdir()
+        self.folder = folder
         return folder
 
     def part(self) -> None:

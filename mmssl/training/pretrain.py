@@ -74,15 +74,19 @@ def prepare(
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
     folder: RunFolder | None = None
+
+    def opened() -> RunFolder:
+        nonlocal folder  # known from here on, whatever becomes of the other ranks
+        folder = peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite))
+        return folder
+
     with Signals(lambda _: leave(folder, peers)):
         try:
             # All this before the folder: a wrong path leaves no trace.
             views = as_recipe_error("views", recipe.build_views)
             data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
             check_method(recipe, data.source, views)
-            opened = main_first(lambda: peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite)), args)
-            folder = opened or RunFolder(at, is_main=False)
-            peers.folder = folder
+            peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
             return Run(recipe, args, kind, views, data, folder, peers, resume and has_saved(folder), trainer)
         except BaseException as error:
             cause = peers.explain(error)

@@ -15,7 +15,7 @@ from mmssl.stage import Stage
 from mmssl.training.peers import Cause, Peers
 from mmssl.training.run_folder import RunFolder
 
-TICK = 1.0  # seconds between looks at what is near
+TICK = 1.0  # seconds between looks at what is near, and between words of where this rank stands
 PATIENCE = 6  # times as long may last what is long by nature
 LONG = ("preparation", "save", "probe", "describe")
 LEAVE = 10.0  # seconds for the main thread to leave by itself, where the broken connection has told it
@@ -51,7 +51,8 @@ class Judge:
         behind = {rank: at for rank, (_, at) in sorted(stages.items()) if at.passed == least}
         if (least, [*behind]) != self.least:
             self.least, self.since = (least, [*behind]), now
-        allowed = max(limit(self.timeout, at) for at in behind.values())
+        silent = self.silent([*behind], now)  # what they do is known from long ago
+        allowed = max(self.timeout if rank in silent else limit(self.timeout, at) for rank, at in behind.items())
         return [*behind] if now - self.since > allowed else []
 
     def silent(self, ranks: list[int], now: float) -> list[int]:
@@ -71,7 +72,7 @@ class Watchdog:
 
     def __init__(self, peers: Peers, folder: RunFolder, timeout: float, record: Callable[[RankError], None]):
         self.peers, self.folder, self.timeout, self.record = peers, folder, timeout, record
-        self.judge, self.period = Judge(timeout), min(15.0, timeout / 20)
+        self.judge, self.period = Judge(timeout), min(15.0, timeout / 20)  # between looks at the others
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -90,8 +91,8 @@ class Watchdog:
             cause = self.peers.found()
             if cause is None and awake >= due:
                 due = awake + self.period
-                self.peers.beat()
                 cause = self._hanging(awake)
+            self.peers.beat()
             if cause is not None:
                 return self._end(cause)
 
