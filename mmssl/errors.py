@@ -6,6 +6,8 @@ import errno
 import shutil
 from contextlib import suppress
 
+INTERRUPTED = 130  # exit status, as a shell reports SIGINT
+
 
 class MmsslError(Exception):
     """A failure with a sentence for the user: what is wrong, where, and the mend."""
@@ -47,6 +49,12 @@ class StorageError(MmsslError):
     """The run folder cannot be written (exit 6)."""
 
     code = 6
+
+
+class RankError(MmsslError):
+    """A rank hangs, or was lost to the others (exit 7)."""
+
+    code = 7
 
 
 def storage_error(error: BaseException, path: object, needed: int | None = None) -> StorageError | None:

@@ -161,6 +161,12 @@ class TrainOptions(Options):
         3, ge=0, description="Non-finite updates in a row that are left out; with one more, watch.on_nonfinite."
     )
     max_skip_share: float = Field(0.01, ge=0, le=1, description="The same as a share of 1000 updates.")
+    hang_timeout: float = Field(
+        600.0,
+        ge=5,
+        description="Seconds without progress after which a run ends, naming the rank that hangs; six times as many while "
+        "saving, probing, describing and in the first update.",
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
 
 from mmssl.config import Recipe
 from mmssl.data.dataset import KeyedStream
+from mmssl.data.loading import Restarting
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import Source
@@ -94,7 +94,7 @@ def identity(recipe: Recipe, source: Source, views: Views, step: int) -> str:
 class PassByPass:
     """Loaders of one pass after the other, each made when the pass begins: its order may depend on what was learned before."""
 
-    def __init__(self, make: Callable[[int, int], DataLoader], start: int, steps: int, epoch_steps: int):
+    def __init__(self, make: Callable[[int, int], Restarting], start: int, steps: int, epoch_steps: int):
         self.make, self.start, self.steps, self.epoch_steps = make, start, steps, epoch_steps
 
     def __len__(self) -> int:

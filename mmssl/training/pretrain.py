@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from mmssl import stage
 from mmssl.config import Recipe
 from mmssl.data.dataset import KeyedDataset, start_worker
+from mmssl.data.loading import Restarting
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import open_source
 from mmssl.distributed import world
@@ -24,17 +27,20 @@ from mmssl.registry import Modality, Views, modality
 from mmssl.training.batches import PassByPass, identity, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
-from mmssl.training.outcome import record_failure
+from mmssl.training.outcome import leave, record_failure
+from mmssl.training.peers import Peers
 from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
 from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import Proof, load_run, reopen, rewind, save_run
+from mmssl.training.saving import Proof, has_saved, load_run, reopen, rewind, save_run
+from mmssl.training.signals import Signals
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
-from mmssl.training.tracking import track
+from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
+from mmssl.training.watchdog import Watchdog
 from mmssl.types import Clock
 
 
@@ -55,13 +61,6 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allo
     log.addHandler(handler)
     try:
         run.train()
-    except BaseException as error:
-        log.error("stopped: %s: %s", type(error).__name__, error)
-        record_failure(run.folder, error, step=run.trainer.state.global_step, steps=run.steps)
-        known = storage_error(error, run.folder.path) if isinstance(error, Exception) else None
-        if known and not isinstance(error, MmsslError):
-            raise known from error
-        raise
     finally:
         log.removeHandler(handler)
     return run.folder.path
@@ -76,20 +75,34 @@ def prepare(
 ) -> Run:
     """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
     args = training_arguments(recipe)
+    stage.enter("preparation", 0)
+    peers, at = Peers(), out(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
-    # All this before the folder: a wrong path leaves no trace.
-    views = as_recipe_error("views", recipe.build_views)
-    data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
-    check_method(recipe, data.source, views)
-    folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
-    folder = folder or RunFolder(out(recipe), is_main=False)
-    try:
-        return Run(recipe, args, kind, views, data, folder, resume, trainer, allow_changed)
-    except BaseException as error:
-        record_failure(folder, error)
-        raise
+    folder: RunFolder | None = None
+
+    def opened() -> RunFolder:
+        nonlocal folder  # known from here on, whatever becomes of the other ranks
+        folder = peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite))
+        return folder
+
+    with Signals(lambda _: leave(folder, peers)):
+        try:
+            # All this before the folder: a wrong path leaves no trace.
+            views = as_recipe_error("views", recipe.build_views)
+            data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
+            check_method(recipe, data.source, views)
+            peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
+            going_on = resume and has_saved(folder)
+            return Run(recipe, args, kind, views, data, folder, peers, going_on, trainer, allow_changed)
+        except BaseException as error:
+            cause = peers.explain(error)
+            if folder is not None:
+                record_failure(folder, peers, cause)
+            if cause is not error:
+                raise cause from error
+            raise
 
 
 class Run:
@@ -103,11 +116,12 @@ class Run:
         views: Views,
         data: Survey,
         folder: RunFolder,
+        peers: Peers,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
         allow_changed: Collection[str] = (),
     ):
-        self.recipe, self.args, self.views, self.folder = recipe, args, views, folder
+        self.recipe, self.args, self.views, self.folder, self.peers = recipe, args, views, folder, peers
         self.source = source = data.source
         self.micro, self.accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         self.epoch_steps = steps_per_epoch(recipe, source, views)
@@ -177,9 +191,8 @@ class Run:
         self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
         if found is not None:
             self.trainer.add_callback(Proof(self.trainer, found))
-        track(self.trainer, folder)
 
-    def _loader(self, start: int) -> DataLoader | PassByPass:
+    def _loader(self, start: int) -> Restarting | PassByPass:
         """Batches of this rank from update `start` to the end."""
         workers = self.recipe.data.workers
         common: dict[str, Any] = {
@@ -189,12 +202,22 @@ class Run:
             "prefetch_factor": 4 if workers else None,
             "worker_init_fn": start_worker if workers else None,
         }
-        if self.source.streaming:
-            return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
 
-        def keyed(first: int, last: int) -> DataLoader:
+        def restarting(make: Callable[[int], DataLoader]) -> Restarting:
+            return Restarting(make, self.quarantine, self.source.identity)
+
+        if self.source.streaming:
+            begin = start * self.accumulation
+            return restarting(lambda done: DataLoader(self.stream(begin + done), batch_size=None, **common))
+
+        def keyed(first: int, last: int) -> Restarting:
             keys = key_batches(self.recipe, self.source, self.views, last, first, self._order if self._chooses else None)
-            return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
+
+            def make(done: int) -> DataLoader:
+                due: Any = islice(keys, done, None) if done else keys
+                return DataLoader(self.dataset, batch_sampler=due, collate_fn=self.dataset.collate, **common)
+
+            return restarting(make)
 
         return PassByPass(keyed, start, self.steps, self.epoch_steps) if self._chooses else keyed(start, self.steps)
 
@@ -218,15 +241,39 @@ class Run:
         }
 
     def train(self) -> None:
-        """To the end, or to a signal."""
+        """To the end, or until SIGTERM, SIGINT or SIGUSR1 stops all ranks; a second signal ends the process at once.
+
+        Raises: MmsslError, the first cause where ranks have ended one after the other.
+        """
         self.folder.status("running", step=self.trainer.start, steps=self.steps, launch=self.launch())
-        with self.progress:
+        with Signals(self.trainer.hear):
             try:
-                self.trainer.run()
+                with Watchdog(self.peers, self.folder, self.recipe.train.hang_timeout, self.record):
+                    self._train()
+                self.peers.part()
+            except BaseException as error:
+                cause = self.peers.explain(error)
+                logging.getLogger("mmssl").error("stopped: %s: %s", type(cause).__name__, cause)
+                self.record(cause)
+                known = storage_error(cause, self.folder.path) if isinstance(cause, Exception) else None
+                if known and not isinstance(cause, MmsslError):
+                    raise known from error
+                if cause is not error:
+                    raise cause from error
+                raise
+
+    def _train(self) -> None:
+        with self.progress, following(self.recipe, self.folder, self.trainer):
+            try:
+                self.trainer.train()
             except DataError as error:  # from a worker it comes with a traceback before its text
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         step = self.trainer.state.global_step
         self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
+
+    def record(self, error: BaseException) -> None:
+        """Leave the cause of a failure in status.json."""
+        record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
     def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
         self.pictures.draw(trainer)

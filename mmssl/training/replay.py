@@ -15,6 +15,7 @@ from torch import Tensor
 from mmssl.config import Recipe, read_yaml
 from mmssl.data.dataset import KeyedDataset
 from mmssl.data.quarantine import Quarantine
+from mmssl.data.sampler import Keys
 from mmssl.data.sources import Source, open_source
 from mmssl.distributed import gather_objects, world
 from mmssl.errors import RecipeError
@@ -148,7 +149,7 @@ def redraw(facts: dict[str, Any], recipe: Recipe, source: Source, kind: Modality
             batches: Iterator[Any] = dataset.samples()
         else:
             keys = [[(facts["epoch"], index, *facts["length"]) for index in micro["samples"]] for micro in of_rank]
-            batches = ([dataset[key] for key in micro] for micro in keys)
+            batches = (dataset.__getitems__(Keys(micro, facts["step"] - 1)) for micro in keys)
         for micro, (samples, recorded) in enumerate(zip(batches, of_rank, strict=True)):
             seeds = row_keys(facts["seed"], facts["step"] - 1, micro, len(samples), rank, facts["world"])
             yield Drawn(rank, micro, samples, seeds, recorded, dataset)

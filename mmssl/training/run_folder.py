@@ -35,7 +35,9 @@ TRACES = (
     ".tmp-*",
     ".del-*",
     "traceback-*.txt",
-    "failure-*.json",
+    "stacks-*.txt",
+    ".ranks",
+    "tensorboard",
     "checkpoints/step-*",
     "checkpoints/.tmp-*",
     "checkpoints/.del-*",
@@ -246,7 +248,7 @@ class RunFolder:
         folder = cls(path, is_main)
         if is_main:
             folder._claim(overwrite)
-            folder.status("running", step=0, steps=None, rollbacks=0, tracker=secrets.token_hex(4))
+            folder.status("running", step=0, steps=None, rollbacks=0, tracker=None)
         cls.current = folder.path
         return folder
 

@@ -6,7 +6,6 @@ import logging
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmssl import stage
 from mmssl.config import Recipe
 from mmssl.data.quarantine import Quarantine
-from mmssl.distributed import all_max, all_sum, check_world, rank, world
+from mmssl.distributed import all_max, all_sum, check_world, limit_groups, rank, world
 from mmssl.errors import CollapseError, DataError, MmsslError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
 from mmssl.training.guards import LocalGradients, RunningStatistics, forget_gradients, weights_finite
@@ -26,7 +26,9 @@ from mmssl.training.limits import Limits
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
 from mmssl.training.retention import Retention
+from mmssl.training.signals import Interrupted
 from mmssl.training.state import load_optimizer_state
+from mmssl.training.watchdog import PATIENCE
 from mmssl.types import Batch, Clock
 
 RECENT = 1000  # updates among which those that were left out are counted
@@ -165,10 +167,16 @@ class SelfSupervisedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
         """Lazily: the Trainer would hold all micro-batches of an update in memory.
 
-        Ragged ones are held after all, as what each of them counts is known only when all are there.
+        Ragged ones are held after all, as what each of them counts is known only when all are there. None if a signal came.
         """
-        self._begin_epoch()  # before the first batch is fetched, since a method may choose the samples
-        batches = LazyBatches(epoch_iterator, num_batches)
+        try:
+            self._begin_epoch()  # before the first batch is fetched, since a method may choose the samples
+        except Interrupted:  # the state is still that after the last update
+            self._stop(self.control)
+            self._done = self.state.global_step
+            self._save_checkpoint()
+            return [], None
+        batches = LazyBatches(epoch_iterator, num_batches, lambda: self._enter("data"))
         if not self.ragged:
             return batches, None
         held = list(batches)
@@ -202,6 +210,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        limit_groups(PATIENCE * self.recipe.train.hang_timeout)  # should the watchdog itself be stopped
         if self._optimizer_state is not None:
             load_optimizer_state(self.objective, self.optimizer, self._optimizer_state)
             self._optimizer_state = None
@@ -211,6 +220,7 @@ class SelfSupervisedTrainer(Trainer):
         """(n, F). Raises: RecipeError for a stream, whose samples cannot be gone through beforehand."""
         if self._describe is None:
             raise RecipeError("data.streaming: this method goes through all samples before each pass, which a stream cannot.")
+        self._enter("describe")
         return self._describe(self)
 
     def _begin_epoch(self) -> None:
@@ -238,6 +248,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, vote, backward unless a rank saw a non-finite loss."""
+        self._enter("forward")
         model.train()
         inputs = self._prepare_inputs(inputs)
         keys = row_keys(self.recipe.train.seed, self.state.global_step, self.micro, len(inputs["index"]), rank(), world())
@@ -257,6 +268,7 @@ class SelfSupervisedTrainer(Trainer):
             self.spoilt = True
         if self.spoilt:
             return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
+        self._enter("backward")
         self._backward(total)
         self.pending.append(out)
         return total.detach()
@@ -282,6 +294,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Checks the norm on its way: a finite loss can have a non-finite gradient, or one micro-batch may have been bad."""
+        self._enter("update")
         if self.is_deepspeed_enabled:
             return super()._get_grad_norm(model, grad_norm)
         if grad_norm is None:
@@ -317,8 +330,7 @@ class SelfSupervisedTrainer(Trainer):
         last = self.state.global_step >= self.steps
         stop = bool(stop) and not last  # a run that has just ended needs no other end
         if stop:
-            self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank was told to stop
-            control.should_training_stop = control.should_save = True
+            self._stop(control)
         if self.skips and not stop and not last:
             control.should_save = False  # in a streak of skipped updates older checkpoints must not rotate away
         every = self.recipe.watch.every
@@ -405,13 +417,21 @@ class SelfSupervisedTrainer(Trainer):
             if collapsed is not None:
                 return self._retreat(collapsed, self.control)
         if self.control.should_evaluate:
-            then = time.perf_counter()
-            self.metrics = self.probe(self)
-            self._pause(then)
-            self._emit({"step": self.state.global_step, **self.metrics})
+            self._probe()
         if self.control.should_save:
-            self._save_checkpoint(None, None)  # type: ignore[arg-type]
+            self._save_checkpoint()
             self.control.should_save = False
+
+    def _probe(self) -> None:
+        """Measure and report, unless a signal comes."""
+        self._enter("probe")
+        then = time.perf_counter()
+        try:
+            self.metrics = self.probe(self)
+        except Interrupted:
+            return self._stop(self.control)
+        self._pause(then)
+        self._emit({"step": self.state.global_step, **self.metrics})
 
     def _log_terms(self, grad_norm: Any) -> dict[str, Any]:
         """Means over the updates since the last line; null, never 0.0, if none of them was applied."""
@@ -461,8 +481,9 @@ class SelfSupervisedTrainer(Trainer):
         if "train_runtime" not in logs:
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         """Our own format, see `training/checkpoint.py`."""
+        self._enter("save")
         then = time.perf_counter()
         self.save_run(self)
         self._pause(then)
@@ -471,13 +492,30 @@ class SelfSupervisedTrainer(Trainer):
         """Probes and saves do not count as training time."""
         self.last_log = (self.last_log[0] + time.perf_counter() - since, self.last_log[1])
 
-    def run(self) -> None:
-        """Train to the end, or to a signal.
+    def _enter(self, name: str) -> None:
+        """Where the watchdog finds this rank. The first update may compile, or pass over much data, and is told apart."""
+        first = self.state.global_step == self.start and name in ("data", "forward", "backward", "update")
+        stage.enter(f"first {name}" if first else name, self.state.global_step)
 
-        SIGTERM, SIGINT and SIGUSR1 stop all ranks after the current update, a second one at once.
+    # Stopping early --------------------------------------------------------------------------------------------------
+
+    def hear(self, number: int) -> None:
+        """Take note of a signal: all ranks stop after this update, or in the middle of what takes longer than one."""
+        self.stop_signal = number
+
+    def heed(self) -> None:
+        """For loops that take long; a collective. The probes of the last update are finished in any case.
+
+        Raises: Interrupted on all ranks if one of them has heard a signal.
         """
-        with Signals(self):
-            self.train()
+        told = torch.tensor(float(self.stop_signal is not None), device=self.args.device)
+        if self.state.global_step < self.steps and float(all_max(told)):
+            raise Interrupted
+
+    def _stop(self, control: TrainerControl) -> None:
+        """Save, and make no further update."""
+        self.stop_signal = self.stop_signal or signal.SIGTERM  # it may be another rank that was told
+        control.should_training_stop = control.should_save = True
 
 
 class Onward:
@@ -497,38 +535,16 @@ class Onward:
 class LazyBatches:
     """The next micro-batches, fetched when they are asked for."""
 
-    def __init__(self, source: Iterator, count: int):
-        self.source, self.count = source, count
+    def __init__(self, source: Iterator, count: int, begin: Callable[[], None]):
+        self.source, self.count, self.begin = source, count, begin
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self.count):
+            self.begin()
             try:
                 yield next(self.source)
             except StopIteration:
                 return
-
-
-class Signals:
-    """Turns the first signal into a flag and restores the handlers at the end."""
-
-    def __init__(self, trainer: SelfSupervisedTrainer):
-        self.trainer = trainer
-        self.before: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.trainer.stop_signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.trainer.stop_signal = number
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self._handle)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

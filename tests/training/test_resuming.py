@@ -252,17 +252,3 @@ def test_r7_a_collapse_goes_back_to_the_healthy_one(again, tmp_path):
     assert before == [[1, 2, 3]]
     assert began == [2, 3, 1, 2, 3, 4]
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
-
-
-def test_a_resumed_run_is_the_same_one_to_its_trackers(saved, tmp_path):
-    """The id is made once, and is in the checkpoint."""
-
-    def recipe(*words):
-        return Recipe.load(saved, f"out={tmp_path / 'run'}", "train.report_to=[tensorboard]", *words)
-
-    run = pretrain(recipe())
-    pretrain(recipe("train.steps=4"), resume=True)
-    events = [*run.rglob("events.out.tfevents*")]
-    state = checkpoint.load(checkpoint.newest(run / "checkpoints"))[1]
-    assert {path.parent for path in events} == {run / "runs" / state["tracker"]}
-    assert len(events) == 2
