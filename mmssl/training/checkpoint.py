@@ -94,6 +94,11 @@ def find(root: Path, hashes: bool = True) -> tuple[Path | None, list[str]]:
     return None, reasons
 
 
+def written(root: Path) -> bool:
+    """Whether a checkpoint was ever finished here, usable or not."""
+    return bool(_candidates(root))
+
+
 def newest(root: Path) -> Path | None:
     """The newest usable checkpoint, or None."""
     return find(root)[0]
@@ -125,7 +130,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         state = json.loads((path / STATE).read_text("utf-8"))
         return {name: load_file(path / f"{name}{SUFFIX}") for name in names}, state
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
@@ -156,7 +161,7 @@ def problem(path: Path, hashes: bool = True) -> str | None:
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except OSError as error:
         return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: not readable ({type(error).__name__}: {error})"
     for name, (size, digest) in listed.items():
         if name != Path(name).name:

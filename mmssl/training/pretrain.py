@@ -28,7 +28,7 @@ from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import load_run, reopen, save_run
+from mmssl.training.saving import begun, load_run, reopen, save_run
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Clock
@@ -40,7 +40,7 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> P
     Args:
         recipe: checked; `recipe.out` is the run folder.
         overwrite: remove an earlier run in that folder.
-        resume: go on from the newest complete checkpoint in that folder.
+        resume: go on from the newest complete checkpoint in that folder, from the start if there was none yet.
     Returns: the run folder; `model/` in it is the encoder.
     Raises: MmsslError with the exit status of the contract.
     """
@@ -77,7 +77,7 @@ def prepare(
     folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
     folder = folder or RunFolder(out(recipe), is_main=False)
     try:
-        return Run(recipe, args, kind, views, data, folder, resume, trainer)
+        return Run(recipe, args, kind, views, data, folder, resume and begun(folder), trainer)
     except BaseException as error:
         record_failure(folder, error)
         raise

@@ -96,6 +96,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link, whatever that leads to. Raises: OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, sees the old text or the new one. Raises: OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
@@ -287,10 +295,7 @@ class RunFolder:
         """Remove what a run leaves. The status stays until the new one replaces it: it tells that the folder is ours."""
         traces = [path for pattern in TRACES for path in self.path.glob(pattern)]
         for item in (*(self.path / name for name in (*FILES, *FOLDERS)), *traces):
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink(missing_ok=True)
+            remove(item)
 
     def write_identity(self, recipe_yaml: str, argv: Sequence[str], data_facts: dict[str, Any]) -> None:
         """Write what the run is: recipe, command line, machine, data. At a resume the new command line is added.
@@ -374,7 +379,7 @@ def _parse(text: str) -> dict[str, Any] | None:
     """A JSON object, None if it is anything else."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

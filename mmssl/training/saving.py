@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mmssl.hub.export import export_encoder, export_heads
 from mmssl.registry import Views
 from mmssl.training import checkpoint
 from mmssl.training.objective import Objective
-from mmssl.training.run_folder import RunFolder, write_atomic
+from mmssl.training.run_folder import RunFolder, remove, write_atomic
 from mmssl.training.state import load_model_state, model_state, optimizer_state
 from mmssl.training.trainer import SelfSupervisedTrainer
 
@@ -25,9 +24,17 @@ def reopen(path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     folder.check_idle()
     checkpoint.clean(folder.checkpoints)
-    for stale in (*folder.path.glob(".tmp-model-*"), *folder.path.glob(".del-model")):
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in (*folder.path.glob(".tmp-*"), *folder.path.glob(".del-*"), *folder.heads.glob(".tmp-*")):
+        remove(stale)
     return folder
+
+
+def begun(folder: RunFolder) -> bool:
+    """Whether a checkpoint was ever written. A run that was killed before its first one starts again, without its lines."""
+    if not checkpoint.written(folder.checkpoints):
+        folder.truncate_metrics(0)
+        return False
+    return True
 
 
 def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder) -> None:
