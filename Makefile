@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint results bench clean
+.PHONY: demo test lint results soak bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mmssl needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
@@ -25,6 +25,9 @@ test: $(STAMP) lint
 
 results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is there; needs ../shared/data, some hours
 	$(BIN)/python -m tools.results
+
+soak: $(STAMP)  ## faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
 
 bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
 	$(BIN)/python -m tools.bench masks

@@ -93,7 +93,8 @@ class _SumRanks(torch.autograd.Function):
 
 
 def gather_objects(mine: Any) -> list[Any]:
-    """What every rank gives, by rank."""
+    """What every rank gives, by rank; through pickle, for a few small things."""
+    stage.proceed()
     if world() == 1:
         return [mine]
     found: list[Any] = [None] * world()
@@ -106,15 +107,6 @@ def barrier() -> None:
     stage.proceed()
     if world() > 1:
         dist.barrier()
-
-
-def all_objects(mine: Any) -> list[Any]:
-    """What each rank gives, in order; through pickle, for a few small things at the start."""
-    if world() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * world()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def limit_groups(seconds: float) -> None:

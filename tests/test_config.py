@@ -1,5 +1,4 @@
 import copy
-import math
 import random
 
 import pytest
@@ -9,6 +8,7 @@ from mmssl.config import MAX_BYTES, Recipe, find_recipe, keyed, read_yaml, shipp
 from mmssl.errors import RecipeError
 from mmssl.registry import modality
 from mmssl.schedules import Schedule
+from tools.mutations import attack, mutate
 
 DEMO = "vision/data2vec2-demo"
 
@@ -254,7 +254,7 @@ def test_a_message_that_names_its_key_keeps_it(text, found):
         ("a: " + "[" * 40 + "]" * 40, ["nested too deeply"]),
         ("a: " + "[" * 100_000, ["nested too deeply"]),
         ("{" * 50, ["nested too deeply"]),
-        ("a: \x00\n", ["not valid YAML"]),
+        ("a: 1\nb: \x00\n", ["line 2", "not valid YAML", "'\\x00' is not allowed"]),
         ("? [1, 2]\n: 3\n", ["line 1"]),
         ("? {a: 1}\n: 3\n", ["line 1"]),
         ("a: 2021-13-45\n", ["not valid YAML"]),
@@ -287,73 +287,6 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
 
 # Fuzz ------------------------------------------------------------------------------------------------------------------
 
-# Sizes stay below 1000: building a model of a million layers takes long even without memory.
-JUNK = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    3,
-    7,
-    500,
-    1e-9,
-    -0.5,
-    0.5,
-    1.5,
-    math.nan,
-    math.inf,
-    -math.inf,
-    1e300,
-    -(10**30),
-    "",
-    "x",
-    "1",
-]
-JUNK += [
-    "null",
-    "é\x00",
-    [],
-    [1],
-    [1, 2],
-    [0.5, None],
-    ["a"],
-    [[[]]],
-    {},
-    {"a": 1},
-    {"start": 1, "end": 2},
-    {1: 2},
-    {"a": {"b": [{}]}},
-]
-KEYS = ["x", 1, None, True, 2.5, ("a", 1), "", "name", "steps", "__class__", "model_config"]
-
-
-def places(node, path=()):
-    """Paths to everything in a recipe."""
-    for name, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        yield (*path, name)
-        yield from places(inner, (*path, name))
-
-
-def mutate(raw, draw):
-    """One to three random changes; returns what was done."""
-    done = []
-    for _ in range(draw.choice([1, 1, 2, 3])):
-        path = draw.choice(list(places(raw)))
-        node, value = raw, copy.deepcopy(draw.choice(JUNK))
-        for step in path[:-1]:
-            node = node[step]
-        how = draw.choice(["set", "set", "delete", "add"])
-        if how == "set" or isinstance(node, list):
-            node[path[-1]] = value
-        elif how == "delete" and len(raw) > 1:
-            del node[path[-1]]
-        else:
-            node[draw.choice(KEYS)] = value
-        done.append((how, path, value))
-    return done
-
 
 def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error():
     draw, original, lines = random.Random(0), read_yaml(find_recipe(DEMO)), []
@@ -368,6 +301,13 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error():
             pytest.fail(f"{done}: {type(error).__name__}: {error}")
     assert 150 < len(lines) < 300
     assert not [line for _, *problems in lines for line in problems if not (line.startswith("  ") and ": " in line)]
+
+
+def test_t31_mutated_recipes_are_refused_by_name_or_build(tmp_path):
+    found = attack(tmp_path, 60, seed=0)
+    assert found.wrong == []
+    assert found.refused + found.built == 60
+    assert min(found.refused, found.built) >= 5
 
 
 def minimal(tmp_path, modality: str, method: str, more: str = "") -> Recipe:

@@ -17,9 +17,14 @@ def run(arguments: list[str]) -> int:
     given = parse(arguments, ("RUN",), OPTIONS, overrides=True)
     from mmssl.config import Recipe, read_yaml
     from mmssl.config.reading import apply_override
+    from mmssl.errors import RecipeError
     from mmssl.training.run_folder import RunFolder
 
     folder = RunFolder.open(given["run"])
+    if not folder.config.exists():
+        raise RecipeError(
+            f"{folder.path}: this run ended before it began. Start it again with mmssl pretrain, and overwrite=true."
+        )
     raw = read_yaml(folder.config)
     for text in given["overrides"]:
         apply_override(raw, text)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from typing import Any
 
 from pydantic import BaseModel
 
+SECRET = re.compile(r"(?i)(hub|hf|access|auth|api|wandb)_?(token|key)|^token$|secret|password")
 CHOICES = ("function-", "Schedule", "float", "list[")  # how pydantic names the choices of a union
 
 
@@ -30,6 +32,8 @@ def explain(issue: Any, model: type[BaseModel]) -> str:
     kind, message = issue["type"], issue["msg"].removeprefix("Value error, ")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         names = _fields_at(model, location[:-1])
+        if SECRET.search(str(location[-1])):
+            return f"{where}: no recipe holds secrets; set the environment variable (HF_TOKEN, WANDB_API_KEY) and leave it out"
         return f"{where}: unknown key{nearest(location[-1], names)}" + (f"; allowed are {', '.join(names)}" if names else "")
     if kind == "missing":
         return f"{where}: missing"

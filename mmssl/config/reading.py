@@ -52,7 +52,11 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error)
+        if isinstance(error, yaml.reader.ReaderError):  # it counts characters
+            line = f", line {text.count(chr(10), 0, error.position) + 1}"
+            problem = f"the character {chr(error.character)!r} is not allowed"
+        raise RecipeError(f"{where}{line}: not valid YAML: {' '.join(problem.split())}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -152,6 +152,9 @@ class Recipe(Options):
                     problems.append(keyed(block, error))
                     if block == "model":
                         break  # the others cannot be built on it
+                except (ArithmeticError, MemoryError, RuntimeError) as error:  # of sizes that no check foresaw
+                    problems.append(f"{block}: cannot be built, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                    break
                 else:
                     problems += self._views_conflict(built, chosen) if build == self.build_views else []
         return problems

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mmssl.errors import storage_error
+from mmssl.redaction import redact
 from mmssl.types import Rejected
 
 SLOTS, NAMES, WIDTH = 65, 10, 512  # processes counted apart, names kept for each, bytes of a name
@@ -66,7 +67,7 @@ class Quarantine:
 
     def record(self, identity: str, kind: str, reason: str = "") -> None:
         """Count a bad sample and name it. Raises: StorageError if the ledger cannot be written."""
-        slot, reason = _slot(), " ".join(reason.split())[:200]
+        slot, identity, reason = _slot(), redact(identity), redact(" ".join(reason.split()))[:200]
         before = int(self._counts[slot, 1:].sum())
         self._counts[slot, 1 + Rejected.kinds.index(kind)] += 1
         self._remember(slot, f"{identity} ({Rejected(kind, reason)})".encode(errors="replace")[:WIDTH])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.modeling import MmsslModel
+from mmssl.model.transformer import DEEPEST
 from mmssl.redaction import redact
 from mmssl.registry import Modality, modalities, modality
 
@@ -108,7 +110,7 @@ def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
     """What a run trained beside the encoder (decoder, heads, other network), so that anyone can go on from it."""
     rest = {n.removeprefix("method."): t for n, t in tensors.items() if not n.startswith(STEMS["student"])}
     path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".tmp-heads-{os.getpid()}"
+    aside = path / f".tmp-heads-{secrets.token_hex(4)}"
     save_file(rest, aside, {"format": "pt"})
     aside.chmod(0o666 & ~umask())
     aside.replace(path / "heads.safetensors")
@@ -150,13 +152,36 @@ def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
     register.auto_classes()
     if not Path(path_or_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
         raise RecipeError(f"{path_or_id}: no such folder, and no Hub id (ORG/NAME).")
+    # Or transformers asks a Space of the Hub to convert a model that has no safetensors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     try:
         with quiet():
-            model = AutoModel.from_pretrained(str(path_or_id)).eval()
-    except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(str(path_or_id), trust_remote_code=False)
+            _check_size(config, Path(path_or_id))
+            model = AutoModel.from_pretrained(str(path_or_id), config=config, trust_remote_code=False, weights_only=True).eval()
+    except Exception as error:  # the readers of the many kinds of files raise almost anything on malformed ones
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path_or_id} cannot be loaded as a model: {reason}") from None
     return model if isinstance(model, MmsslModel) else _shared(model)
+
+
+def _check_size(config: Any, path: Path) -> None:
+    """Whether a config asks for no more than its folder can hold, found before memory is. Raises: ValueError."""
+    told = {**config.to_dict(), **(getattr(config, "backbone", None) or {})}
+    deep = [f"{name}={value}" for name, value in told.items() if re.search("layers$|depth$", name) and _above(value, DEEPEST)]
+    if deep:
+        raise ValueError(f"config.json: {deep[0]}, at most {DEEPEST} blocks can be built")
+    held = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
+    if not path.is_dir() or not held:
+        return
+    with torch.device("meta"):
+        asked = sum(parameter.numel() for parameter in _class_of(config)(config).parameters())
+    if asked > 8 * held:  # a weight takes a bit at least
+        raise ValueError(f"config.json: describes {asked} weights, the files hold {held} bytes")
+
+
+def _above(value: Any, most: int) -> bool:
+    return isinstance(value, (int, float)) and value > most
 
 
 def _shared(model: PreTrainedModel) -> torch.nn.Module:

@@ -117,7 +117,7 @@ def released(path: str, modality: str, backbone: str, options: dict[str, Any]) -
     if all(name in options for name in settable):
         return options
     register.auto_classes()
-    found = _tried("init", lambda: AutoConfig.from_pretrained(path))
+    found = _tried("init", lambda: AutoConfig.from_pretrained(path, trust_remote_code=False))
     inner = getattr(found, "backbone", None) if found.model_type == "mmssl" else {"model_type": found.model_type}
     if inner is None or inner["model_type"] != kind.model_type:
         what = inner["model_type"] if inner else "shared transformer"

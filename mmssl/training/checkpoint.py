@@ -126,6 +126,11 @@ def forget_tries(path: Path) -> None:
         (path / TRIED).unlink()
 
 
+def written(root: Path) -> bool:
+    """Whether a checkpoint was ever finished here, usable or not."""
+    return bool(_candidates(root))
+
+
 def newest(root: Path) -> Path | None:
     """The newest usable checkpoint, or None."""
     return find(root)[0]
@@ -157,7 +162,7 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         state = json.loads((path / STATE).read_text("utf-8"))
         return {name: load_file(path / f"{name}{SUFFIX}") for name in names}, state
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
@@ -195,7 +200,7 @@ def problem(path: Path, hashes: bool = True) -> str | None:
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except OSError as error:
         return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: not readable ({type(error).__name__}: {error})"
     for name, (size, digest) in listed.items():
         if name != Path(name).name:

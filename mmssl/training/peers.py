@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmssl import stage
-from mmssl.distributed import all_objects, barrier, rank
+from mmssl.distributed import barrier, gather_objects, rank
 from mmssl.errors import MmsslError, RankError
 from mmssl.redaction import redact
 from mmssl.stage import Stage
@@ -54,7 +54,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.rank = rank()
-        self.members = [Member(*member) for member in all_objects((socket.gethostname(), os.getpid(), born(os.getpid())))]
+        self.members = [Member(*member) for member in gather_objects((socket.gethostname(), os.getpid(), born(os.getpid())))]
         self.near = [r for r in range(len(self.members)) if r != self.rank and self._lives(r)]  # those that can be watched
         self.folder: RunFolder | None = None  # set once the main process has opened it
         self.beats = 0

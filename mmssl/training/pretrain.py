@@ -50,7 +50,7 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allo
     Args:
         recipe: checked; `recipe.out` is the run folder.
         overwrite: remove an earlier run in that folder.
-        resume: go on from the newest complete checkpoint in that folder.
+        resume: go on from the newest complete checkpoint in that folder, from the start if there was none yet.
         allow_changed: keys of the recipe, or blocks, that may differ from those that the run was saved with.
     Returns: the run folder; `model/` in it is the encoder.
     Raises: MmsslError with the exit status of the contract.

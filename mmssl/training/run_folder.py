@@ -30,7 +30,7 @@ from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
-FOLDERS = ("model", "heads", "report", "replay", "runs")
+FOLDERS = ("model", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
     ".del-*",
@@ -103,6 +103,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link, whatever that leads to. Raises: OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -311,10 +319,7 @@ class RunFolder:
         """Remove what a run leaves. The status stays until the new one replaces it: it tells that the folder is ours."""
         traces = [path for pattern in TRACES for path in self.path.glob(pattern)]
         for item in (*(self.path / name for name in (*FILES, *FOLDERS)), *traces):
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink(missing_ok=True)
+            remove(item)
 
     def write_identity(self, recipe_yaml: str, argv: Sequence[str], data_facts: dict[str, Any]) -> None:
         """Write what the run is: recipe, command line, machine, data. At a resume the new command line is added.
@@ -403,7 +408,7 @@ def _parse(text: str) -> dict[str, Any] | None:
     """A JSON object, None if it is anything else."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

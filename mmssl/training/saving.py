@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,7 +20,7 @@ from mmssl.registry import Views
 from mmssl.training import checkpoint, resuming
 from mmssl.training.guards import broken
 from mmssl.training.objective import Objective
-from mmssl.training.run_folder import RunFolder, write_atomic
+from mmssl.training.run_folder import RunFolder, remove, write_atomic
 from mmssl.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state, restore_model_state
 from mmssl.training.trainer import SelfSupervisedTrainer
 
@@ -31,15 +30,14 @@ def reopen(path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     folder.check_idle()
     checkpoint.clean(folder.checkpoints)
-    for stale in (*folder.path.glob(".tmp-model-*"), *folder.path.glob(".del-model")):
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in (*folder.path.glob(".tmp-*"), *folder.path.glob(".del-*"), *folder.heads.glob(".tmp-*")):
+        remove(stale)
     return folder
 
 
 def has_saved(folder: RunFolder) -> bool:
-    """Whether there is a checkpoint, whole or not, to go on from; a run that ended before its first one starts again."""
-    found, rejected = checkpoint.find(folder.checkpoints, hashes=False)
-    if found or rejected:
+    """Whether a checkpoint was ever written, whole or not; a run that ended before its first one starts again."""
+    if checkpoint.written(folder.checkpoints):
         return True
     if folder.is_main:
         print(f"mmssl: note: {folder.path} ended before its first checkpoint and starts again.", file=sys.stderr)

@@ -50,7 +50,7 @@ def plain_views(model: Any, path: Any) -> SpeechViews:
             more = config.num_adapter_layers
             shape = Convolutions((*shape.kernels, *[1] * more), (*shape.strides, *[config.adapter_stride] * more), norm)
     try:
-        saved = AutoFeatureExtractor.from_pretrained(str(path))
+        saved = AutoFeatureExtractor.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError):
         return SpeechViews(shape, shortest=0.0)
     rate = getattr(saved, "sampling_rate", RATE)

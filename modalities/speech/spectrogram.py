@@ -71,7 +71,7 @@ def plain_views(model: Any, path: Any) -> MelViews:
     names = ("bands", "frames", "patch_frames", "patch_bands", "mean", "std")
     features = MelFeatures(config.hidden_size, **{name: getattr(config, name) for name in names if hasattr(config, name)})
     try:
-        saved = AutoFeatureExtractor.from_pretrained(str(path))
+        saved = AutoFeatureExtractor.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError):
         return MelViews(features, shortest=0.0)
     return MelViews(features, shortest=0.0, normalise=bool(getattr(saved, "do_ceptral_normalize", True)))

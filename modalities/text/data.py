@@ -19,6 +19,7 @@ from modalities.text.tokenizer import begin_id, encode, end_id, stretches
 COLUMNS = ("text", "content", "sentence", "document", "article", "body", "file_name", "path", "file")
 SUFFIXES = (".txt", ".text", ".md", ".rst")
 STRETCH, BATCH = 1 << 16, 1 << 22  # characters that are tokenised in one piece, and at once
+MAX_BYTES = 1 << 28  # of a document
 FORMAT = 1  # of the cached blocks
 
 
@@ -95,6 +96,8 @@ def _read(path: Any) -> bytes:
     if not os.path.isfile(path):  # a pipe would block for ever
         raise Rejected("unreadable", "no such file")
     try:
+        if (size := os.path.getsize(path)) > MAX_BYTES:
+            raise Rejected("too_large", f"{size} bytes, at most {MAX_BYTES}; cut it into pieces")
         return Path(path).read_bytes()
     except OSError as error:
         raise Rejected("unreadable", str(error.strerror)) from None

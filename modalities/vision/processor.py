@@ -31,7 +31,7 @@ def plain_views(model: Any, path: Any) -> ImageViews:
     size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", 3)
     channels = getattr(model.config, "channels", channels)
     try:
-        saved = AutoImageProcessor.from_pretrained(str(path))
+        saved = AutoImageProcessor.from_pretrained(str(path), trust_remote_code=False)
         mean, std = tuple(saved.image_mean), tuple(saved.image_std)
         size = size or _side(saved)  # a network of convolutions takes any size, its config names none
     except (OSError, ValueError, TypeError, AttributeError):

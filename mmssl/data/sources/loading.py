@@ -13,6 +13,8 @@ import datasets.config
 from mmssl.config import DataOptions
 from mmssl.errors import MmsslError, RecipeError, storage_error
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell the Hub of every table that is opened, local ones too
+
 
 def load_splits(options: DataOptions, *what: str | None, **more: Any) -> dict[str, Any]:
     """All splits by name."""

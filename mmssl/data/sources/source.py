@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import datasets
+import datasets.config
 import fsspec
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 
 from mmssl.config import DataOptions
 from mmssl.types import Rejected
 
+ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"}  # that an address may look into
 SHARD_ROWS = 1 << 32  # index of a stream's row = shard * SHARD_ROWS + row
 
 
@@ -88,6 +91,8 @@ class Source(NamedTuple):
             if not lies_inside(self.root, name):
                 raise Rejected("wrong_type", f"{name} lies outside {self.root}; data.root=FOLDER allows another folder")
             return os.path.join(self.root, name)
+        if not _fetched(name):
+            raise Rejected("wrong_type", f"{name} is no file of the Hub")
         if "://" in name:  # a stream from the Hub names its files by address
             opened: Any = fsspec.open(name, "rb")
             with opened as file:
@@ -116,6 +121,18 @@ def finished(source: Source, options: DataOptions, what: str, split: str, classe
 def spread(count: int, of: int) -> list[int]:
     """As many of the positions below `of`, at even distances."""
     return [i * of // count for i in range(count)]
+
+
+def _fetched(name: str) -> bool:
+    """Whether a Hub data set names a file of its own: one that was fetched from there, or an address there.
+
+    Addresses may be chained, such as `zip://a.png::hf://...`; a row could name any file of this machine otherwise.
+    """
+    if "://" in name:
+        schemes = [link.partition("://")[0] for link in name.split("::")]
+        return schemes[-1] in ("hf", "https") and {*schemes[:-1]} <= ARCHIVES
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return any(lies_inside(str(cache), name) for cache in caches)
 
 
 def lies_inside(root: str, name: str) -> bool:

@@ -1,0 +1,46 @@
+"""A short fault campaign; the whole one is `make soak`."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tools.soak import __main__ as soak
+from tools.soak.runs import Row
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["only=kills", "kills=3", "settings=2"], "kills: folder, 2 workers: 3 kills"),  # T14 and T15
+        (["only=disk", "disk=2"], "disk: 2 saves"),
+    ],
+)
+def test_nothing_is_lost(words, told):
+    words = [sys.executable, "-m", "tools.soak", *words, "write=false"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(told)
+    assert "identical to the bit" in done.stdout
+
+
+def test_results_are_kept_where_no_newer_one_is(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(soak, "DOCS", page)
+    page.write_text(f"before\n{soak.BEGIN}\n{soak.END}\nafter\n")
+    soak.keep([Row("a", "1 time", "good"), Row("b", "2 times", "good")], "command 1")
+    soak.keep([Row("b", "3 times", "good", ("something was lost",))], "command 2")
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| a | 1 time | good | `command 1`" in text
+    assert "| b | 3 times | **1 wrong** | `command 2`" in text
+    assert "2 times" not in text
+    assert text.count("| fault |") == 1
+
+
+def test_an_unknown_word_is_answered_with_the_known_ones():
+    done = subprocess.run([sys.executable, "-m", "tools.soak", "kils=3"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "kils" in done.stderr
+    assert "kills=100" in done.stderr

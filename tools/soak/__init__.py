@@ -1,0 +1,1 @@
+"""The fault campaign: what is done to runs on purpose, and whether anything was lost."""
