@@ -188,6 +188,7 @@ def draw_linear(transformer: Transformer, start: Literal["normal", "xavier", "be
     """
     transformer.apply({"normal": init_linear, "xavier": init_xavier, "beit": init_cut}[start])
     if start == "beit":
-        for number, block in enumerate([*transformer.prenet, *transformer.blocks], 1):
-            for layer in (block.attn.proj, block.mlp.fc2):  # type: ignore[union-attr]
+        blocks: list[Any] = [*transformer.prenet, *transformer.blocks]
+        for number, block in enumerate(blocks, 1):
+            for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.data.div_(math.sqrt(2 * number))
