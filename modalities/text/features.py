@@ -64,9 +64,10 @@ class TextFeatures(nn.Module):
         self.tokens = nn.Embedding(vocab_size, dim, pad_token_id)
         self.count_padding, self.placed = count_padding, positions == "learned"
         self.places = None
-        if self.placed:
-            rows = (max_tokens, dim) if count_padding else (max_tokens + pad_token_id + 1, dim, pad_token_id)
-            self.places = nn.Embedding(*rows)
+        if self.placed and count_padding:
+            self.places = nn.Embedding(max_tokens, dim)
+        elif self.placed:
+            self.places = nn.Embedding(max_tokens + pad_token_id + 1, dim, pad_token_id)
         self.types = nn.Embedding(token_types, dim) if token_types else None
         self.norm, self.dropout = nn.LayerNorm(dim, norm_eps), nn.Dropout(input_dropout)
         with torch.no_grad():

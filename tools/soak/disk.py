@@ -57,7 +57,8 @@ def failing(save: int, call: int, number: int) -> Callable[[], None]:
         def saving(*args: Any, **more: Any) -> Path:
             if next(saves) != save:
                 return whole(*args, **more)
-            with mock.patch.multiple(os, **{name: broken(getattr(os, name)) for name in CALLED}):
+            failing: Any = {name: broken(getattr(os, name)) for name in CALLED}
+            with mock.patch.multiple(os, **failing):
                 return whole(*args, **more)
 
         checkpoint.save = saving
