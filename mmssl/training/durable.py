@@ -75,6 +75,7 @@ def _pieces(header: bytes, tensors: list[Tensor]) -> Iterator[Any]:
 
     yield header
     for tensor in tensors:
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(array)
         for begin in range(0, len(data), PIECE):
             yield data[begin : begin + PIECE]

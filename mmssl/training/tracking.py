@@ -15,7 +15,7 @@ def track(trainer: SelfSupervisedTrainer, folder: RunFolder) -> None:
     if not run:  # of an older version
         return
     trainer.args.run_name = f"{folder.path.name}-{run}"  # Trackio resumes by name
-    if "wandb" in trainer.args.report_to:
+    if "wandb" in (trainer.args.report_to or ()):
         os.environ |= {"WANDB_RUN_ID": run, "WANDB_RESUME": "allow"}
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback":
