@@ -49,7 +49,7 @@ def end_update(control):
 
 if what == "gradient":
     def spoil(gradient):
-        return gradient * float("inf") if now() and trainer.micro == int(micro) + 1 else gradient
+        return gradient * float("inf") if what and now() and trainer.micro == int(micro) + 1 else gradient
 
     def after_forward(module, inputs, output):
         if output.requires_grad:
