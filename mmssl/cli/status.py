@@ -1,6 +1,7 @@
 """how a run stands: mmssl status RUN
 
-Exit status: 0 finished, 75 resumable (preempted or killed, with a complete checkpoint), 1 failed, 3 still running.
+Exit status: 0 finished, 75 resumable (preempted or killed, and its newest checkpoint is complete, or it had none yet), 1 failed,
+3 still running.
 A run on another host counts as killed once it has written nothing for 15 minutes. Files of checkpoints are compared by
 size here; `mmssl resume` reads and verifies them.
 """
@@ -22,8 +23,9 @@ def run(arguments: list[str]) -> int:
     given = parse(arguments, ("RUN",), OPTIONS)
     folder = RunFolder.open(given["run"])
     status = folder.read_status()
-    newest = checkpoint.find(folder.checkpoints, hashes=False)[0]
-    verdict = judge(status["state"], folder.is_alive(), newest is not None)
+    newest, rejected = checkpoint.find(folder.checkpoints, hashes=False)
+    resumable = newest is not None or (not rejected and folder.config.exists())
+    verdict = judge(status["state"], folder.is_alive(), resumable)
     facts = {
         "run": given["run"],
         "verdict": verdict,
@@ -36,17 +38,18 @@ def run(arguments: list[str]) -> int:
     return EXIT[verdict]
 
 
-def judge(state: str, alive: bool, checkpoint: bool) -> str:
+def judge(state: str, alive: bool, resumable: bool) -> str:
     """Finished, resumable, failed or running. A run that says `running` without a process was killed."""
     if state in ("finished", "failed"):
         return state
-    return "running" if alive else "resumable" if checkpoint else "failed"
+    return "running" if alive else "resumable" if resumable else "failed"
 
 
 def _text(facts: dict) -> str:
     state, verdict = facts["state"], facts["verdict"]
     state = "killed" if state == "running" != verdict else state
-    resume = f"mmssl resume {facts['run']}" if verdict in ("resumable", "failed") and facts["checkpoint"] is not None else None
+    can = verdict == "resumable" or (verdict == "failed" and facts["checkpoint"] is not None)
+    resume = f"mmssl resume {facts['run']}" if can else None
     metrics = "  ".join(f"{name} {value:.6g}" for name, value in facts["metrics"].items() if isinstance(value, (int, float)))
     lines = {
         "state": state if state == verdict else f"{state}, {verdict}",

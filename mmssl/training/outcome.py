@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from mmssl.distributed import rank
 from mmssl.errors import MmsslError, storage_error
 from mmssl.training.run_folder import RunFolder
+
+INTERRUPTED = 130  # exit status, as a shell reports SIGINT
 
 
 def record_failure(folder: RunFolder, error: BaseException, **facts: Any) -> None:
@@ -19,6 +22,15 @@ def record_failure(folder: RunFolder, error: BaseException, **facts: Any) -> Non
         folder.status("failed", error=f"{type(error).__name__}: {error}", code=code, **facts)
     except (OSError, MmsslError) as second:  # a full disk must not hide the first cause
         print(f"mmssl: status.json could not be written: {second}", file=sys.stderr)
+
+
+def leave(folder: RunFolder | None) -> None:
+    """End the process at a signal that comes before the first update: there is nothing yet to be saved."""
+    if folder is not None:
+        folder.status("preempted")
+    go_on = "" if folder is None else f" Go on with: mmssl resume {folder.path}"
+    print(f"mmssl: stopped by a signal before the first update.{go_on}", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)  # an exception could be taken for one of the library that it met
 
 
 def finish(folder: Path) -> int:

@@ -23,13 +23,15 @@ from mmssl.registry import Modality, Views, modality
 from mmssl.training.batches import PassByPass, key_batches, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
-from mmssl.training.outcome import record_failure
+from mmssl.training.outcome import leave, record_failure
 from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import load_run, reopen, save_run
+from mmssl.training.saving import has_saved, load_run, reopen, save_run
+from mmssl.training.signals import Signals
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
+from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Clock
 
@@ -70,17 +72,19 @@ def prepare(
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
-    # All this before the folder: a wrong path leaves no trace.
-    views = as_recipe_error("views", recipe.build_views)
-    data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
-    check_method(recipe, data.source, views)
-    folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
-    folder = folder or RunFolder(out(recipe), is_main=False)
-    try:
-        return Run(recipe, args, kind, views, data, folder, resume, trainer)
-    except BaseException as error:
-        record_failure(folder, error)
-        raise
+    folder: RunFolder | None = None
+    with Signals(lambda _: leave(folder)):
+        # All this before the folder: a wrong path leaves no trace.
+        views = as_recipe_error("views", recipe.build_views)
+        data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
+        check_method(recipe, data.source, views)
+        folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
+        folder = folder or RunFolder(out(recipe), is_main=False)
+        try:
+            return Run(recipe, args, kind, views, data, folder, resume and has_saved(folder), trainer)
+        except BaseException as error:
+            record_failure(folder, error)
+            raise
 
 
 class Run:
@@ -212,7 +216,7 @@ class Run:
     def train(self) -> None:
         """To the end, or to a signal."""
         self.folder.status("running", step=self.trainer.start, steps=self.steps, launch=self.launch())
-        with self.progress:
+        with self.progress, following(self.recipe, self.folder, self.trainer):
             try:
                 self.trainer.run()
             except DataError as error:  # from a worker it comes with a traceback before its text

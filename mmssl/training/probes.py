@@ -48,7 +48,7 @@ class Probes:
         return source.classes, source._replace(labels=labels)
 
     def measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
-        """Metrics of the student on the sets of `watch`; a collective."""
+        """Metrics of the student on the sets of `watch`; a collective. Raises: Interrupted if a rank has heard a signal."""
         if self.sets is None:
             return {}
         model: Any = trainer.model_wrapped
@@ -56,6 +56,7 @@ class Probes:
         model.eval()
 
         def run(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            trainer.heed()
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("raw", "valid", "label")}
             return model(trainer._prepare_inputs(inputs))
 
@@ -96,7 +97,8 @@ class Probes:
 def describe(trainer: SelfSupervisedTrainer, source: Source, kind: Modality, views: Views, batch: int) -> torch.Tensor:
     """(n, F) what the method makes of every sample, in the order of the data set; a collective.
 
-    Gone through in a shuffled order: a method may use batch statistics, and folders are sorted by class.
+    Gone through in a shuffled order: a method may use batch statistics, and folders are sorted by class. Raises: Interrupted
+    if a rank has heard a signal.
     """
     order = random.permutation(source.size, trainer.recipe.train.seed, "describe")
     data = PlainSet(source, kind, views, order.tolist())
@@ -106,6 +108,7 @@ def describe(trainer: SelfSupervisedTrainer, source: Source, kind: Modality, vie
     model.eval()
 
     def run(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        trainer.heed()
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("raw", "valid", "label")}
         return model(trainer._prepare_inputs(inputs), describe=True)
 

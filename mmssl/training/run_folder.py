@@ -224,7 +224,7 @@ class RunFolder:
         folder = cls(path, is_main)
         if is_main:
             folder._claim(overwrite)
-            folder.status("running", step=0, steps=None)
+            folder.status("running", step=0, steps=None, tracker=None)
         cls.current = folder.path
         return folder
 
@@ -349,7 +349,7 @@ class RunFolder:
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, launch, error (text), code, ...; the first three stay as they were if not given.
+            facts: step, steps, launch, tracker, error (text), code, ...; the first four stay as they were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -358,7 +358,7 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        kept = {name: before.get(name) for name in ("step", "steps", "launch")}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch", "tracker")}
         known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")

@@ -30,6 +30,17 @@ def reopen(path: Path) -> RunFolder:
     return folder
 
 
+def has_saved(folder: RunFolder) -> bool:
+    """Whether there is a checkpoint, whole or not, to go on from; a run that ended before its first one starts again."""
+    found, rejected = checkpoint.find(folder.checkpoints, hashes=False)
+    if found or rejected:
+        return True
+    if folder.is_main:
+        print(f"mmssl: note: {folder.path} ended before its first checkpoint and starts again.", file=sys.stderr)
+    folder.truncate_metrics(0)
+    return False
+
+
 def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder) -> None:
     """Checkpoint and `model/`, written by the main process from whole tensors."""
     tensors = {"model": model_state(trainer.objective), "optimizer": optimizer_state(trainer.objective, trainer.optimizer)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from mmssl.random import row_keys
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
+from mmssl.training.signals import Interrupted, Signals
 from mmssl.training.state import load_optimizer_state
 from mmssl.types import Batch, Clock
 
@@ -136,9 +136,15 @@ class SelfSupervisedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[Any, None]:
         """Lazily: the Trainer would hold all micro-batches of an update in memory.
 
-        Ragged ones are held after all, as what each of them counts is known only when all are there.
+        Ragged ones are held after all, as what each of them counts is known only when all are there. None if a signal came.
         """
-        self._begin_epoch()  # before the first batch is fetched, since a method may choose the samples
+        try:
+            self._begin_epoch()  # before the first batch is fetched, since a method may choose the samples
+        except Interrupted:  # the state is still that after the last update
+            self._stop(self.control)
+            self._done = self.state.global_step
+            self._save_checkpoint()
+            return [], None
         batches = LazyBatches(epoch_iterator, num_batches)
         if not self.ragged:
             return batches, None
@@ -280,8 +286,7 @@ class SelfSupervisedTrainer(Trainer):
         last = self.state.global_step >= self.steps
         stop = bool(stop) and not last  # a run that has just ended needs no other end
         if stop:
-            self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank was told to stop
-            control.should_training_stop = control.should_save = True
+            self._stop(control)
         if self.skips and not stop and not last:
             control.should_save = False  # in a streak of skipped updates older checkpoints must not rotate away
         every = self.recipe.watch.every
@@ -298,13 +303,20 @@ class SelfSupervisedTrainer(Trainer):
         if self.control.should_log:
             self._guard(self._log_terms(grad_norm))
         if self.control.should_evaluate:
-            then = time.perf_counter()
-            self.metrics = self.probe(self)
-            self._pause(then)
-            self._emit({"step": self.state.global_step, **self.metrics})
+            self._probe()
         if self.control.should_save:
-            self._save_checkpoint(None, None)  # type: ignore[arg-type]
+            self._save_checkpoint()
             self.control.should_save = False
+
+    def _probe(self) -> None:
+        """Measure and report, unless a signal comes."""
+        then = time.perf_counter()
+        try:
+            self.metrics = self.probe(self)
+        except Interrupted:
+            return self._stop(self.control)
+        self._pause(then)
+        self._emit({"step": self.state.global_step, **self.metrics})
 
     def _log_terms(self, grad_norm: Any) -> dict[str, Any]:
         """Means over the updates since the last line; null, never 0.0, if none of them was applied."""
@@ -359,7 +371,7 @@ class SelfSupervisedTrainer(Trainer):
         if "train_runtime" not in logs:
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         """Our own format, see `training/checkpoint.py`."""
         then = time.perf_counter()
         self.save_run(self)
@@ -370,12 +382,29 @@ class SelfSupervisedTrainer(Trainer):
         self.last_log = (self.last_log[0] + time.perf_counter() - since, self.last_log[1])
 
     def run(self) -> None:
-        """Train to the end, or to a signal.
-
-        SIGTERM, SIGINT and SIGUSR1 stop all ranks after the current update, a second one at once.
-        """
-        with Signals(self):
+        """Train to the end, or until SIGTERM, SIGINT or SIGUSR1 stops all ranks; a second one ends the process at once."""
+        with Signals(self.hear):
             self.train()
+
+    # Stopping early --------------------------------------------------------------------------------------------------
+
+    def hear(self, number: int) -> None:
+        """Take note of a signal: all ranks stop after this update, or in the middle of what takes longer than one."""
+        self.stop_signal = number
+
+    def heed(self) -> None:
+        """For loops that take long; a collective. The probes of the last update are finished in any case.
+
+        Raises: Interrupted on all ranks if one of them has heard a signal.
+        """
+        told = torch.tensor(float(self.stop_signal is not None), device=self.args.device)
+        if self.state.global_step < self.steps and float(all_max(told)):
+            raise Interrupted
+
+    def _stop(self, control: TrainerControl) -> None:
+        """Save, and make no further update."""
+        self.stop_signal = self.stop_signal or signal.SIGTERM  # it may be another rank that was told
+        control.should_training_stop = control.should_save = True
 
 
 class LazyBatches:
@@ -393,26 +422,3 @@ class LazyBatches:
                 yield next(self.source)
             except StopIteration:
                 return
-
-
-class Signals:
-    """Turns the first signal into a flag and restores the handlers at the end."""
-
-    def __init__(self, trainer: SelfSupervisedTrainer):
-        self.trainer = trainer
-        self.before: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.trainer.stop_signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.trainer.stop_signal = number
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self._handle)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
