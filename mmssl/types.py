@@ -160,7 +160,10 @@ class Clock(NamedTuple):
 class Rejected(Exception):
     """A sample that cannot be used. Counted and replaced, never fatal by itself."""
 
-    kinds = ("unreadable", "truncated", "too_large", "too_long", "too_short", "empty", "wrong_type", "bad_text", "non_finite")
+    kinds = (
+        *("unreadable", "truncated", "too_large", "too_long", "too_short", "empty", "wrong_type", "bad_text", "non_finite"),
+        "crash",
+    )
 
     def __init__(self, kind: str, reason: str = ""):
         if kind not in self.kinds:

@@ -52,10 +52,12 @@ class _Keyed:
         self.quarantine.seen()
         failed: list[str] = []
         for candidate in chain((place,), self._substitutes(place)):
+            index = self._index(candidate)
             try:
-                return self._at(candidate)
+                with self.quarantine.reading(index):
+                    return self._at(candidate)
             except Rejected as bad:
-                identity = self.source.identity(self._index(candidate))
+                identity = self.source.identity(index)
                 if not failed:
                     self.quarantine.record(identity, bad.kind, bad.reason)
                 failed.append(f"{identity} ({bad})")

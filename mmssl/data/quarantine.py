@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from mmssl.types import Rejected
 
 SLOTS, NAMES, WIDTH = 65, 10, 512  # processes counted apart, names kept for each, bytes of a name
 LINES = 10_000  # of a ledger, for each process
+STRIKES = 2  # workers that one sample may cost
 
 
 class Quarantine:
@@ -33,10 +36,33 @@ class Quarantine:
         self.path, self.share, self.least = path, share, least
         self._counts = torch.zeros(SLOTS, 1 + len(Rejected.kinds), dtype=torch.int64).share_memory_()  # seen, then by kind
         self._names = torch.zeros(SLOTS, NAMES, WIDTH, dtype=torch.uint8).share_memory_()
+        self._reading = torch.full((SLOTS,), -1, dtype=torch.int64).share_memory_()  # index of the sample, -1 for none
+        self._strikes: dict[int, int] = {}  # index -> workers that died while they read it, known to those started later
 
     def seen(self, n: int = 1) -> None:
         """Count samples asked for, good or bad."""
         self._counts[_slot(), 0] += n
+
+    @contextmanager
+    def reading(self, index: int) -> Iterator[None]:
+        """Around what may end this process: that sample is read. Raises: Rejected if it has cost two workers before."""
+        if self._strikes.get(index, 0) >= STRIKES:
+            raise Rejected("crash", f"{STRIKES} workers died while they read it")
+        slot = _slot()
+        self._reading[slot] = index
+        try:
+            yield
+        finally:
+            self._reading[slot] = -1
+
+    def strike(self, worker: int) -> int | None:
+        """Note that a worker has died. Returns: the index of the sample that it was reading, None if it read none."""
+        index = int(self._reading[1 + worker % (SLOTS - 1)])
+        self._reading[1 + worker % (SLOTS - 1)] = -1
+        if index < 0:
+            return None
+        self._strikes[index] = self._strikes.get(index, 0) + 1
+        return index
 
     def record(self, identity: str, kind: str, reason: str = "") -> None:
         """Count a bad sample and name it. Raises: StorageError if the ledger cannot be written."""

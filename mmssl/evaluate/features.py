@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmssl import random
 from mmssl.config import DataOptions, WatchOptions
 from mmssl.data.dataset import start_worker
+from mmssl.data.loading import Restarting
 from mmssl.data.sources import Source, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
 from mmssl.errors import DataError, RecipeError
@@ -120,11 +121,13 @@ class Loaded:
         order = [min(i, n - 1) for i in range(-(-n // chunk) * chunk)]
         mine = [order[start + rank() : start + chunk : world()] for start in range(0, len(order), chunk)]
         workers = self.workers if len(mine) > 1 else 0  # starting them takes longer than a batch
-        loader = DataLoader(
-            self.data, batch_sampler=mine, collate_fn=self.data.collate, num_workers=workers, worker_init_fn=start_worker
-        )
+
+        def loader(done: int) -> DataLoader:
+            some = {"num_workers": workers, "worker_init_fn": start_worker}
+            return DataLoader(self.data, batch_sampler=mine[done:], collate_fn=self.data.collate, **some)
+
         kept, size = [], 0
-        for batch in loader:
+        for batch in Restarting(loader):
             size += sum(t.numel() * t.element_size() for t in batch.values())
             kept = [*kept, batch] if size * world() <= CACHE_BYTES else []
             yield batch

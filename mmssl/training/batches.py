@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader
 
 from mmssl.config import Recipe
+from mmssl.data.loading import Restarting
 from mmssl.data.sampler import KeyBatches
 from mmssl.data.sources import Source
 from mmssl.distributed import rank, world
@@ -49,7 +49,7 @@ def key_batches(
 class PassByPass:
     """Loaders of one pass after the other, each made when the pass begins: its order may depend on what was learned before."""
 
-    def __init__(self, make: Callable[[int, int], DataLoader], start: int, steps: int, epoch_steps: int):
+    def __init__(self, make: Callable[[int, int], Restarting], start: int, steps: int, epoch_steps: int):
         self.make, self.start, self.steps, self.epoch_steps = make, start, steps, epoch_steps
 
     def __len__(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import TrainingArguments
 
 from mmssl.config import Recipe
 from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
+from mmssl.data.loading import Restarting
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import open_source
 from mmssl.distributed import rank, world
@@ -175,7 +178,7 @@ class Run:
         )
         self.trainer.metrics = state.get("metrics", {})
 
-    def _loader(self, start: int) -> DataLoader | PassByPass:
+    def _loader(self, start: int) -> Restarting | PassByPass:
         """Batches of this rank from update `start` to the end."""
         workers = self.recipe.data.workers
         common: dict[str, Any] = {
@@ -185,12 +188,22 @@ class Run:
             "prefetch_factor": 4 if workers else None,
             "worker_init_fn": start_worker if workers else None,
         }
-        if self.source.streaming:
-            return DataLoader(self.stream(start * self.accumulation), batch_size=None, **common)
 
-        def keyed(first: int, last: int) -> DataLoader:
+        def restarting(make: Callable[[int], DataLoader]) -> Restarting:
+            return Restarting(make, self.quarantine, self.source.identity)
+
+        if self.source.streaming:
+            begin = start * self.accumulation
+            return restarting(lambda done: DataLoader(self.stream(begin + done), batch_size=None, **common))
+
+        def keyed(first: int, last: int) -> Restarting:
             keys = key_batches(self.recipe, self.source, self.views, last, first, self._order if self._chooses else None)
-            return DataLoader(self.dataset, batch_sampler=keys, collate_fn=self.dataset.collate, **common)
+
+            def make(done: int) -> DataLoader:
+                due: Any = islice(keys, done, None) if done else keys
+                return DataLoader(self.dataset, batch_sampler=due, collate_fn=self.dataset.collate, **common)
+
+            return restarting(make)
 
         return PassByPass(keyed, start, self.steps, self.epoch_steps) if self._chooses else keyed(start, self.steps)
 
