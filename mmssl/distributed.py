@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from mmssl import stage
 from mmssl.errors import RecipeError
 
 
@@ -25,6 +27,7 @@ def world(group: ProcessGroup | None = None) -> int:
 
 def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Sum over ranks, no gradient. The input is left as it is."""
+    stage.proceed()
     if world(group) == 1:
         return x
     x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -34,6 +37,7 @@ def all_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 def all_max(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Maximum over ranks, no gradient."""
+    stage.proceed()
     if world(group) == 1:
         return x
     x = x.detach().clone(memory_format=torch.contiguous_format)
@@ -43,6 +47,7 @@ def all_max(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 def gather_rows(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Rows of all ranks, interleaved as they were dealt out: row j of rank r lands at j*world + r. No gradient; equal sizes."""
+    stage.proceed()
     if world(group) == 1:
         return x
     mine = x.contiguous().cuda() if dist.get_backend(group) == "nccl" else x.contiguous()  # nccl has no CPU tensors
@@ -89,8 +94,25 @@ class _SumRanks(torch.autograd.Function):
 
 def barrier() -> None:
     """Wait for all ranks."""
+    stage.proceed()
     if world() > 1:
         dist.barrier()
+
+
+def all_objects(mine: Any) -> list[Any]:
+    """What each rank gives, in order; through pickle, for a few small things at the start."""
+    if world() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def limit_groups(seconds: float) -> None:
+    """Give every process group that exists the same time-out: DeepSpeed makes copies of the world group without one."""
+    if world() > 1:
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def check_world(seen_by_launcher: int) -> None:

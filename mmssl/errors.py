@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+INTERRUPTED = 130  # exit status, as a shell reports SIGINT
+
 
 class MmsslError(Exception):
     """A failure with a sentence for the user: what is wrong, where, and the mend."""
@@ -45,6 +47,12 @@ class StorageError(MmsslError):
     """The run folder cannot be written (exit 6)."""
 
     code = 6
+
+
+class RankError(MmsslError):
+    """A rank hangs, or was lost to the others (exit 7)."""
+
+    code = 7
 
 
 def storage_error(error: BaseException, path: object) -> StorageError | None:

@@ -78,7 +78,7 @@ def trained():
         run.lines = []
         run.trainer.save_run, run.trainer.probe, run.trainer.report = lambda _: None, lambda _: {}, run.lines.append
         change(run)
-        run.trainer.run()
+        run.trainer.train()
         return run
 
     return train

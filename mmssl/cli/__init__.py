@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 
 from mmssl import __version__
-from mmssl.errors import MmsslError, RecipeError, storage_error
+from mmssl.errors import INTERRUPTED, MmsslError, RecipeError, storage_error
 
 # Equal to the first lines of the docstrings, as a test makes sure: reading ten files for --help would be slow.
 VERBS = {
@@ -31,7 +31,7 @@ VERBS = {
     "copy": "copy a shipped recipe to a file of your own: mmssl copy RECIPE FILE",
     "env": "versions, devices and what can run here",
 }
-INTERNAL, INTERRUPTED, PIPE_CLOSED = 8, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
+INTERNAL, PIPE_CLOSED = 8, 141  # the latter as a shell reports SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """how a run stands: mmssl status RUN
 
-Exit status: 0 finished, 75 resumable (preempted or killed, and its newest checkpoint is complete, or it had none yet), 1 failed,
-3 still running.
+Exit status: 0 finished, 75 resumable (preempted or killed, with a complete checkpoint or before its first), 1 failed, 3 still
+running.
 A run on another host counts as killed once it has written nothing for 15 minutes. Files of checkpoints are compared by
 size here; `mmssl resume` reads and verifies them.
 """

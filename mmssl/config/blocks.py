@@ -156,6 +156,12 @@ class TrainOptions(Options):
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; torch's default if unset.")
     log_every: int = Field(10, ge=1, description="Updates between lines of metrics.jsonl.")
     max_skips: int = Field(3, ge=0, description="Non-finite updates in a row after which the run stops.")
+    hang_timeout: float = Field(
+        600.0,
+        ge=5,
+        description="Seconds without progress after which a run ends, naming the rank that hangs; six times as many while "
+        "saving, probing, describing and in the first update.",
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 

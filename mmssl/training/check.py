@@ -40,7 +40,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         quiet = recipe.train.model_copy(update={"report_to": []})
         run = prepare(recipe.model_copy(update={"out": str(Path(temporary) / "run"), "train": quiet}), trainer=Stopwatch)
-        run.trainer.run()
+        run.trainer.train()
         trainer: Any = run.trainer
     if len(trainer.times) < 2:
         raise RecipeError("train.steps: check needs a run of at least two updates to time one.")

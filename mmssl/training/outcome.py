@@ -9,28 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from mmssl.distributed import rank
-from mmssl.errors import MmsslError, storage_error
+from mmssl.errors import INTERRUPTED, MmsslError, RankError, storage_error
+from mmssl.training.peers import Peers
 from mmssl.training.run_folder import RunFolder
 
-INTERRUPTED = 130  # exit status, as a shell reports SIGINT
 
+def record_failure(folder: RunFolder, peers: Peers, error: BaseException, **facts: Any) -> None:
+    """Leave the cause in status.json, if the folder can still be written.
 
-def record_failure(folder: RunFolder, error: BaseException, **facts: Any) -> None:
-    """Leave the cause in status.json, if the folder can still be written."""
+    The main process writes it, or any other one if that has gone.
+    """
     code = error.code if isinstance(error, MmsslError) else (6 if storage_error(error, "") else 8)
+    state = "preempted" if code == INTERRUPTED else "failed"
+    folder = RunFolder(folder.path) if 0 in peers.gone() else folder
     try:
-        folder.status("failed", error=f"{type(error).__name__}: {error}", code=code, **facts)
+        folder.status(state, error=f"{type(error).__name__}: {error}", code=code, **facts)
     except (OSError, MmsslError) as second:  # a full disk must not hide the first cause
         print(f"mmssl: status.json could not be written: {second}", file=sys.stderr)
 
 
-def leave(folder: RunFolder | None) -> None:
-    """End the process at a signal that comes before the first update: there is nothing yet to be saved."""
-    if folder is not None:
-        folder.status("preempted")
+def leave(folder: RunFolder | None, peers: Peers) -> None:
+    """End the process at a signal that comes before the first update, when there is nothing yet to be saved.
+
+    It may be the launcher that sends it, since another rank has gone.
+    """
+    lost = peers.gone()
     go_on = "" if folder is None else f" Go on with: mmssl resume {folder.path}"
-    print(f"mmssl: stopped by a signal before the first update.{go_on}", file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED)  # an exception could be taken for one of the library that it met
+    text = str(peers.farewell(lost)) if lost else f"stopped by a signal before the first update.{go_on}"
+    cause = peers.claim(RankError.code if lost else INTERRUPTED, text)
+    if folder is not None:
+        record_failure(folder, peers, cause.error())
+    print(f"mmssl: {cause.text}", file=sys.stderr, flush=True)
+    os._exit(cause.code)  # an exception could be taken for one of the library that it met
 
 
 def finish(folder: Path) -> int:

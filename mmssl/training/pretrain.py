@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from mmssl import stage
 from mmssl.config import Recipe
 from mmssl.data.dataset import KeyedDataset, KeyedStream, start_worker
 from mmssl.data.loading import Restarting
@@ -27,6 +28,7 @@ from mmssl.training.batches import PassByPass, key_batches, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
 from mmssl.training.objective import Objective
 from mmssl.training.outcome import leave, record_failure
+from mmssl.training.peers import Peers
 from mmssl.training.pictures import Pictures
 from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
@@ -36,6 +38,7 @@ from mmssl.training.signals import Signals
 from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
+from mmssl.training.watchdog import Watchdog
 from mmssl.types import Clock
 
 
@@ -55,13 +58,6 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False) -> P
     log.addHandler(handler)
     try:
         run.train()
-    except BaseException as error:
-        log.error("stopped: %s: %s", type(error).__name__, error)
-        record_failure(run.folder, error, step=run.trainer.state.global_step, steps=run.steps)
-        known = storage_error(error, run.folder.path) if isinstance(error, Exception) else None
-        if known and not isinstance(error, MmsslError):
-            raise known from error
-        raise
     finally:
         log.removeHandler(handler)
     return run.folder.path
@@ -72,21 +68,32 @@ def prepare(
 ) -> Run:
     """Everything up to the first step: processes, data, folder, model. Raises: MmsslError."""
     args = training_arguments(recipe)
+    stage.enter("preparation", 0)
+    peers, at = Peers(), out(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     kind = modality(recipe.data.modality)
     folder: RunFolder | None = None
-    with Signals(lambda _: leave(folder)):
-        # All this before the folder: a wrong path leaves no trace.
-        views = as_recipe_error("views", recipe.build_views)
-        data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
-        check_method(recipe, data.source, views)
-        folder = main_first(lambda: reopen(out(recipe)) if resume else RunFolder.create(out(recipe), overwrite), args)
-        folder = folder or RunFolder(out(recipe), is_main=False)
+
+    def opened() -> RunFolder:
+        nonlocal folder  # known from here on, whatever becomes of the other ranks
+        folder = peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite))
+        return folder
+
+    with Signals(lambda _: leave(folder, peers)):
         try:
-            return Run(recipe, args, kind, views, data, folder, resume and has_saved(folder), trainer)
+            # All this before the folder: a wrong path leaves no trace.
+            views = as_recipe_error("views", recipe.build_views)
+            data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
+            check_method(recipe, data.source, views)
+            peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
+            return Run(recipe, args, kind, views, data, folder, peers, resume and has_saved(folder), trainer)
         except BaseException as error:
-            record_failure(folder, error)
+            cause = peers.explain(error)
+            if folder is not None:
+                record_failure(folder, peers, cause)
+            if cause is not error:
+                raise cause from error
             raise
 
 
@@ -101,10 +108,11 @@ class Run:
         views: Views,
         data: Survey,
         folder: RunFolder,
+        peers: Peers,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
     ):
-        self.recipe, self.args, self.views, self.folder = recipe, args, views, folder
+        self.recipe, self.args, self.views, self.folder, self.peers = recipe, args, views, folder, peers
         self.source = source = data.source
         self.micro, self.accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         self.epoch_steps = steps_per_epoch(recipe, source, views)
@@ -227,15 +235,39 @@ class Run:
         }
 
     def train(self) -> None:
-        """To the end, or to a signal."""
+        """To the end, or until SIGTERM, SIGINT or SIGUSR1 stops all ranks; a second signal ends the process at once.
+
+        Raises: MmsslError, the first cause where ranks have ended one after the other.
+        """
         self.folder.status("running", step=self.trainer.start, steps=self.steps, launch=self.launch())
+        with Signals(self.trainer.hear):
+            try:
+                with Watchdog(self.peers, self.folder, self.recipe.train.hang_timeout, self.record):
+                    self._train()
+                self.peers.part()
+            except BaseException as error:
+                cause = self.peers.explain(error)
+                logging.getLogger("mmssl").error("stopped: %s: %s", type(cause).__name__, cause)
+                self.record(cause)
+                known = storage_error(cause, self.folder.path) if isinstance(cause, Exception) else None
+                if known and not isinstance(cause, MmsslError):
+                    raise known from error
+                if cause is not error:
+                    raise cause from error
+                raise
+
+    def _train(self) -> None:
         with self.progress, following(self.recipe, self.folder, self.trainer):
             try:
-                self.trainer.run()
+                self.trainer.train()
             except DataError as error:  # from a worker it comes with a traceback before its text
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         step = self.trainer.state.global_step
         self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
+
+    def record(self, error: BaseException) -> None:
+        """Leave the cause of a failure in status.json."""
+        record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
     def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
         self.pictures.draw(trainer)

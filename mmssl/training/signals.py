@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mmssl.errors import RankError
+
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_BLOW = 1.0  # seconds; a scheduler may tell a process and its launcher, which passes it on: that is one signal
 
@@ -42,6 +44,8 @@ class Signals:
             for number in NUMBERS:
                 self.before[number] = signal.signal(number, self._handle)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # The launcher ends all ranks when one is lost: this one has yet to say which, and then ends by itself.
+        lost = kind is not None and issubclass(kind, RankError)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if lost else handler)

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmssl import stage
 from mmssl.config import Recipe
 from mmssl.data.quarantine import Quarantine
-from mmssl.distributed import all_max, all_sum, check_world, rank, world
+from mmssl.distributed import all_max, all_sum, check_world, limit_groups, rank, world
 from mmssl.errors import CollapseError, DataError, NonFiniteError, RecipeError
 from mmssl.random import row_keys
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
-from mmssl.training.signals import Interrupted, Signals
+from mmssl.training.signals import Interrupted
 from mmssl.training.state import load_optimizer_state
+from mmssl.training.watchdog import PATIENCE
 from mmssl.types import Batch, Clock
 
 
@@ -145,7 +147,7 @@ class SelfSupervisedTrainer(Trainer):
             self._done = self.state.global_step
             self._save_checkpoint()
             return [], None
-        batches = LazyBatches(epoch_iterator, num_batches)
+        batches = LazyBatches(epoch_iterator, num_batches, lambda: self._enter("data"))
         if not self.ragged:
             return batches, None
         held = list(batches)
@@ -179,6 +181,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        limit_groups(PATIENCE * self.recipe.train.hang_timeout)  # should the watchdog itself be stopped
         if self._optimizer_state is not None:
             load_optimizer_state(self.objective, self.optimizer, self._optimizer_state)
             self._optimizer_state = None
@@ -188,6 +191,7 @@ class SelfSupervisedTrainer(Trainer):
         """(n, F). Raises: RecipeError for a stream, whose samples cannot be gone through beforehand."""
         if self._describe is None:
             raise RecipeError("data.streaming: this method goes through all samples before each pass, which a stream cannot.")
+        self._enter("describe")
         return self._describe(self)
 
     def _begin_epoch(self) -> None:
@@ -214,6 +218,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, vote, backward unless a rank saw a non-finite loss."""
+        self._enter("forward")
         model.train()
         inputs = self._prepare_inputs(inputs)
         keys = row_keys(self.recipe.train.seed, self.state.global_step, self.micro, len(inputs["index"]), rank(), world())
@@ -232,6 +237,7 @@ class SelfSupervisedTrainer(Trainer):
             self.spoilt = True
         if self.spoilt:
             return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
+        self._enter("backward")
         deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(total, **deepspeed)
         self.pending.append(out)
@@ -245,6 +251,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Checks the norm on its way: a finite loss can have a non-finite gradient, or one micro-batch may have been bad."""
+        self._enter("update")
         if self.is_deepspeed_enabled:
             return super()._get_grad_norm(model, grad_norm)
         if grad_norm is None:
@@ -310,6 +317,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _probe(self) -> None:
         """Measure and report, unless a signal comes."""
+        self._enter("probe")
         then = time.perf_counter()
         try:
             self.metrics = self.probe(self)
@@ -373,6 +381,7 @@ class SelfSupervisedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         """Our own format, see `training/checkpoint.py`."""
+        self._enter("save")
         then = time.perf_counter()
         self.save_run(self)
         self._pause(then)
@@ -381,10 +390,10 @@ class SelfSupervisedTrainer(Trainer):
         """Probes and saves do not count as training time."""
         self.last_log = (self.last_log[0] + time.perf_counter() - since, self.last_log[1])
 
-    def run(self) -> None:
-        """Train to the end, or until SIGTERM, SIGINT or SIGUSR1 stops all ranks; a second one ends the process at once."""
-        with Signals(self.hear):
-            self.train()
+    def _enter(self, name: str) -> None:
+        """Where the watchdog finds this rank. The first update may compile, or pass over much data, and is told apart."""
+        first = self.state.global_step == self.start and name in ("data", "forward", "backward", "update")
+        stage.enter(f"first {name}" if first else name, self.state.global_step)
 
     # Stopping early --------------------------------------------------------------------------------------------------
 
@@ -410,14 +419,15 @@ class SelfSupervisedTrainer(Trainer):
 class LazyBatches:
     """The next micro-batches, fetched when they are asked for."""
 
-    def __init__(self, source: Iterator, count: int):
-        self.source, self.count = source, count
+    def __init__(self, source: Iterator, count: int, begin: Callable[[], None]):
+        self.source, self.count, self.begin = source, count, begin
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self.count):
+            self.begin()
             try:
                 yield next(self.source)
             except StopIteration:

@@ -60,18 +60,23 @@ def newest(run: Path) -> int | None:
     return None if path is None else checkpoint.step_of(path)
 
 
-def python(code: str) -> subprocess.CompletedProcess:
-    """A program of its own, whose end is no matter to the tests."""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+def befallen(recipe: Path, folder: Path, trials: dict[str, tuple]) -> tuple[dict[str, int], dict[str, str]]:
+    """Runs in `folder/NAME`: name -> (ranks, code that each rank runs first, more words); see `tests/launcher.py`.
+
+    Returns: exit status, and what was said, of each.
+    """
+    words = lambda name, more: ["pretrain", str(recipe), f"out={folder / name}", *more]  # noqa: E731
+    listed = json.dumps([[name, ranks, code, *words(name, more)] for name, (ranks, code, *more) in trials.items()])
+    command = [sys.executable, "-m", "tests.launcher", str(folder), listed]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), {name: (folder / f"{name}.txt").read_text() for name in trials}
 
 
-def accelerate(script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """The script on two ranks."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment["PYTHONPATH"] = str(ROOT)
-    command = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu2-ddp.yaml", str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+def resumed(recipe: Path, run: Path) -> dict[int, float]:
+    """The losses after going on, on one rank."""
+    pretrain(Recipe.load(recipe, f"out={run}"), resume=True)
+    return losses(run)
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -102,61 +107,42 @@ def test_t26_a_signal_in_the_middle_of_a_long_stage_is_heeded(stage, number, at,
     assert status([str(tmp_path / "run")]) == 0
 
 
-def test_t26_a_second_signal_within_a_save_ends_the_run_at_once_and_keeps_the_last_checkpoint(written, whole, tmp_path):
-    done = python(
-        "import os, signal, sys\n"
-        "from mmssl.training import checkpoint, signals\n"
-        "from mmssl.cli import main\n"
-        "signals.ONE_BLOW, write = 0, checkpoint._write\n"
-        "def twice(folder, step, *rest):\n"
-        "    if step == 6: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
-        "    write(folder, step, *rest)\n"
-        "checkpoint._write = twice\n"
-        f"sys.exit(main(['pretrain', {str(written)!r}, 'out={tmp_path / 'run'}']))"
-    )
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert newest(tmp_path / "run") == 4
-    assert status([str(tmp_path / "run")]) == 75
-    pretrain(Recipe.load(written, f"out={tmp_path / 'run'}"), resume=True)
-    assert losses(tmp_path / "run") == losses(whole)
-
-
-def test_t26_a_signal_before_the_first_update_leaves_a_run_that_starts_again(written, whole, tmp_path):
-    done = python(
-        "import os, signal, sys\n"
-        "from mmssl.training import pretrain\n"
-        "from mmssl.cli import main\n"
-        "pretrain.Progress = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"sys.exit(main(['pretrain', {str(written)!r}, 'out={tmp_path / 'run'}']))"
-    )
-    assert done.returncode == 130, done.stderr
-    assert f"mmssl resume {tmp_path / 'run'}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert state(tmp_path / "run")["state"] == "preempted"
-    assert status([str(tmp_path / "run")]) == 75
-    pretrain(Recipe.load(written, f"out={tmp_path / 'run'}"), resume=True)
-    assert losses(tmp_path / "run") == losses(whole)
+TWICE = """
+import os, signal
+from mmssl.training import checkpoint, signals
+signals.ONE_BLOW, write = 0, checkpoint._write
+def twice(folder, step, *rest):
+    if step == 6: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]
+    write(folder, step, *rest)
+checkpoint._write = twice
+"""
+EARLY = """
+import os, signal
+from mmssl.training import pretrain
+pretrain.Progress = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)
+"""
 
 
 @pytest.mark.distributed
-def test_t26_a_signal_to_one_rank_stops_both_after_the_same_update(written, whole, tmp_path):
-    script = tmp_path / "told.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from mmssl.cli import main\n"
-        "from mmssl.training.trainer import SelfSupervisedTrainer as Trainer\n"
-        "begin = Trainer.begin_update\n"
-        "def told(self):\n"
-        "    if os.environ['RANK'] == '1' and self.state.global_step == 4: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    begin(self)\n"
-        "Trainer.begin_update = told\n"
-        "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
-    )
-    done = accelerate(script, str(written), f"out={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (state(tmp_path / "run")["state"], newest(tmp_path / "run")) == ("preempted", 5)
-    pretrain(Recipe.load(written, f"out={tmp_path / 'run'}"), resume=True)
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+def test_t26_a_second_signal_one_before_the_first_update_and_one_to_a_single_rank(written, whole, tmp_path):
+    told = "befall(1, 4, 'os.kill(os.getpid(), signal.SIGTERM)')"
+    codes, said = befallen(written, tmp_path, {"twice": (1, TWICE), "early": (1, EARLY), "one": (2, told)})
+    # A second one within a save ends the run at once, and the checkpoint before stays.
+    assert codes["twice"] == -signal.SIGTERM, said["twice"]
+    assert newest(tmp_path / "twice") == 4
+    # Before the first update there is nothing to save: the run starts again.
+    assert codes["early"] == 130, said["early"]
+    assert f"mmssl resume {tmp_path / 'early'}" in said["early"]
+    assert "Traceback" not in said["early"]
+    assert (state(tmp_path / "early")["state"], newest(tmp_path / "early")) == ("preempted", None)
+    # What one rank hears stops both after the same update.
+    assert codes["one"] == 0, said["one"]
+    assert (state(tmp_path / "one")["state"], newest(tmp_path / "one")) == ("preempted", 5)
+    for name in codes:
+        assert status([str(tmp_path / name)]) == 75
+    assert resumed(written, tmp_path / "twice") == losses(whole)
+    assert resumed(written, tmp_path / "early") == losses(whole)
+    assert resumed(written, tmp_path / "one") == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch):
@@ -166,6 +152,73 @@ def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [signal.SIGTERM]
+
+
+# Ranks and workers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_t27_a_rank_that_was_killed_or_hangs_is_named_and_the_run_goes_on_later(written, whole, tmp_path):
+    killed = "befall({}, 5, 'os.kill(os.getpid(), signal.SIGKILL)')"
+    hangs = (2, "befall(1, 5, 'time.sleep(3600)')", "train.hang_timeout=30")
+    trials = {"0": (2, killed.format(0)), "1": (2, killed.format(1)), "hangs": hangs}
+    codes, said = befallen(written, tmp_path, trials)
+    for rank in "01":
+        assert codes[rank] in (-signal.SIGKILL, 7)  # whichever end was seen first
+        assert f"mmssl: rank {rank} has gone (killed or crashed" in said[rank], said[rank]
+        found = state(tmp_path / rank)
+        assert (found["state"], found["code"]) == ("failed", 7)
+        assert f"rank {rank} has gone" in found["error"]
+        assert newest(tmp_path / rank) == 4
+    assert resumed(written, tmp_path / "0") == pytest.approx(losses(whole), rel=1e-4)
+    assert codes["hangs"] == 7, said["hangs"]
+    assert "mmssl: rank 1 has made no progress" in said["hangs"], said["hangs"]
+    assert "in data at step 5" in said["hangs"]
+    found = state(tmp_path / "hangs")
+    assert (found["state"], found["code"]) == ("failed", 7)
+    assert "rank 1 has made no progress" in found["error"]
+    assert "befallen" in (tmp_path / "hangs" / "stacks-1.txt").read_text()
+
+
+@pytest.mark.distributed
+def test_t27_a_real_launcher_tells_which_rank_was_killed(written, tmp_path):
+    script = tmp_path / "fault.py"
+    script.write_text(
+        "import sys\n"
+        "from mmssl.cli import main\n"
+        "from tests.launcher import befall\n"
+        "befall(1, 5, 'os.kill(os.getpid(), signal.SIGKILL)')\n"
+        "sys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] = str(ROOT)
+    command = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu2-ddp.yaml", str(script), str(written)]
+    command += [f"out={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode != 0
+    assert "mmssl: rank 1 has gone (killed or crashed" in done.stderr, done.stderr[-3000:]
+    found = state(tmp_path / "run")
+    assert (found["state"], found["code"]) == ("failed", 7)
+
+
+def test_t25_a_worker_that_was_killed_changes_nothing(written, whole, tmp_path, monkeypatch):
+    from mmssl.data.dataset import KeyedDataset
+
+    usual, once = KeyedDataset._at, tmp_path / "once"
+
+    def deadly(self, place):
+        if place[1] == 17 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return usual(self, place)
+
+    monkeypatch.setattr(KeyedDataset, "_at", deadly)
+    run = pretrain(Recipe.load(written, f"out={tmp_path / 'run'}", "data.workers=1"))
+    assert once.exists()
+    assert losses(run) == losses(whole)
+    assert not (run / "quarantine.jsonl").exists()
+    assert "worker 0 of rank 0" in (run / "log.txt").read_text()
 
 
 # Trackers ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def train(recipe: str, *words: str) -> tuple[float, list[tuple[float, float]]]:
         run = prepare(Recipe.load(recipe, f"out={folder}/run", *words), trainer=Timed)
         run.trainer.save_run = lambda trainer: None
         trainer: Any = run.trainer
-        trainer.run()
+        trainer.train()
     return trainer.untrained, trainer.curve
 
 
