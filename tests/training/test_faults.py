@@ -164,7 +164,7 @@ def test_t27_a_rank_that_was_killed_or_hangs_is_named_and_the_run_goes_on_later(
     trials = {"0": (2, killed.format(0)), "1": (2, killed.format(1)), "hangs": hangs}
     codes, said = befallen(written, tmp_path, trials)
     for rank in "01":
-        assert codes[rank] == -signal.SIGKILL
+        assert codes[rank] in (-signal.SIGKILL, 7)  # whichever end was seen first
         assert f"mmssl: rank {rank} has gone (killed or crashed" in said[rank], said[rank]
         found = state(tmp_path / rank)
         assert (found["state"], found["code"]) == ("failed", 7)
