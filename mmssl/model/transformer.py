@@ -153,7 +153,7 @@ class Transformer(nn.Module):
                 f"extra_tokens: {extra_tokens}, with causal=true at most 1, from which the first token is predicted"
             )
         if dim < 1 or depth < 1 or heads < 1 or prenet_depth < 0 or extra_tokens < 0:
-            raise ValueError("hidden_size, depth and heads must be at least 1, prenet_depth and extra_tokens at least 0")
+            raise ValueError("hidden_size, depth and heads: at least 1; prenet_depth and extra_tokens: at least 0")
         if max(dim, extra_tokens, dim * mlp_ratio) > WIDEST or depth + prenet_depth > DEEPEST:
             raise ValueError(f"hidden_size, extra_tokens and MLP: at most {WIDEST}; depth and prenet_depth: {DEEPEST} together")
         shares = {

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def campaign(place: Path, times: int, seed: int) -> Row:
             wrong.append(f"disk {what} at call {call} of save {save}: {problem}")
         shutil.rmtree(run)
     tried = (
-        f"{count} saves on a disk that is full, over quota or read-only from a random call on; {stopped} runs stopped with 6"
+        f"{times} saves on a disk that is full, over quota or read-only from a random call on; {stopped} runs stopped with 6"
     )
     return Row(
         "disk", tried, "older checkpoints intact, one sentence, curves identical to the bit after a resume", tuple(wrong)
@@ -57,8 +58,9 @@ def failing(save: int, call: int, number: int) -> Callable[[], None]:
         def saving(*args: Any, **more: Any) -> Path:
             if next(saves) != save:
                 return whole(*args, **more)
-            failing: Any = {name: broken(getattr(os, name)) for name in CALLED}
-            with mock.patch.multiple(os, **failing):
+            with ExitStack() as stack:
+                for name in CALLED:
+                    stack.enter_context(mock.patch.object(os, name, broken(getattr(os, name))))
                 return whole(*args, **more)
 
         checkpoint.save = saving

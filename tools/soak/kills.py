@@ -114,7 +114,16 @@ def slow_disk() -> None:
 
 
 def rows(found: dict[str, Tally]) -> list[Row]:
-    """Of the table."""
+    """Of the table, all together last."""
+    every = [*found.values()]
+    everything = Tally(
+        sum(tally.kills for tally in every),
+        sum(tally.saving for tally in every),
+        sum(tally.early for tally in every),
+        sum(tally.runs for tally in every),
+        tuple(wrong for tally in every for wrong in tally.wrong),
+    )
+    found = found | {"all": everything}
     return [
         Row(
             f"kills: {setting}",

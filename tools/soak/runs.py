@@ -124,8 +124,8 @@ def prepare(place: Path) -> None:
     for name in ("mmssl.cli.pretrain", "mmssl.cli.resume", "mmssl.training.pretrain", "mmssl.cli.options", "modalities.vision"):
         import_module(name)
     import_module("mmssl.training.launch").import_deepspeed()
-    settings: Any = import_module("datasets.config")
-    settings.HF_DATASETS_CACHE = place / "cache"
+    config: Any = import_module("datasets.config")
+    config.HF_DATASETS_CACHE = place / "cache"
     (place / "recipe.yaml").write_text(RECIPE)
     child = Child(lambda: write_data(place), place / "data.log")
     child.wait()
