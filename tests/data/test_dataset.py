@@ -36,7 +36,7 @@ def decode(value):
     text = Path(value).read_text() if isinstance(value, str) else value.decode()
     if text in Rejected.kinds:
         raise Rejected(text, "said so")
-    if text == "crash":
+    if text == "bug":
         raise RuntimeError("decoder bug")
     return torch.tensor([float(text), 0.0])
 
@@ -94,7 +94,7 @@ def test_collate_gives_a_flat_dict(tmp_path):
 
 @pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (2, "fork"), (2, "spawn")])
 def test_workers_change_nothing_even_with_bad_samples(tmp_path, workers, start):
-    folder(tmp_path, [*range(10), "truncated", *range(11, 20), "crash"])
+    folder(tmp_path, [*range(10), "truncated", *range(11, 20), "bug"])
 
     def run(**loading):
         data = dataset_of(tmp_path)
@@ -139,7 +139,7 @@ def test_a_bad_sample_of_known_length_is_replaced_by_one_that_is_not_shorter(tmp
 
 
 def test_whatever_a_decoder_raises_is_a_rejection(tmp_path):
-    data = dataset_of(folder(tmp_path, ["crash", 1, 2]))
+    data = dataset_of(folder(tmp_path, ["bug", 1, 2]))
     data[0, 0]
     assert "unreadable: RuntimeError: decoder bug" in data.quarantine.summary()["first"][0]
 

@@ -125,7 +125,7 @@ def test_places_of_text_count_from_behind_the_id_of_padding(reading):
     assert seen == [[[2, 3, 4, 1, 1], [2, 1, 3, 4, 5]]]
     assert features.tokens.weight[1].abs().max() == features.places.weight[1].abs().max() == 0
     assert features.places.num_embeddings == 22
-    with pytest.raises(ValueError, match=r"^21 tokens; the position table has 20"):
+    with pytest.raises(ValueError, match=r"^21 tokens; the longest input has 20"):
         features(torch.full((1, 21), 5))
 
 

@@ -146,7 +146,7 @@ def test_t12_a_weight_that_no_loss_depends_on_is_found_too(setting):
 
     run.trainer.begin_update = begin_update
     with pytest.raises(NonFiniteError, match="since step 3"):
-        run.trainer.run()
+        run.trainer.train()
     assert run.trainer.applied == BAD - 1
 
 

@@ -95,7 +95,7 @@ def one_update(folder, batches: list[list[int]], ragged: bool = True, method=Non
         quarantine=Quarantine(None, 1.0, 0),
         ragged=ragged,
     )
-    trainer.run()
+    trainer.train()
     return trainer, [line for line in lines if "loss" in line]
 
 
