@@ -1,11 +1,13 @@
 """A short fault campaign; the whole one is `make soak`."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tools.soak import __main__ as soak
+from tools.soak import engines
 from tools.soak.runs import Row
 
 
@@ -22,6 +24,23 @@ def test_nothing_is_lost(words, told):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(told)
     assert "identical to the bit" in done.stdout
+
+
+@pytest.mark.distributed
+def test_t03_two_ranks_say_what_one_process_says():
+    """A part of the campaign, which has seven methods under four engines; see also tests/training/test_run.py."""
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
+    words = ["only=engines", "engines=zero1", "methods=dino,wav2vec2", "write=false"]
+    done = subprocess.run([sys.executable, "-m", "tools.soak", *words], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("engine: zero1: 2 ranks against one process: dino, wav2vec2")
+
+
+def test_differences_between_engines_are_told():
+    alike, apart = engines.Found(1e-7, 1e-7, 1e-7, 0.1), engines.Found(2e-5, 1e-7, 2e-6, 1e-4)
+    (row,) = engines.rows({"zero2": {"mae": alike, "dino": apart}})
+    assert row.wrong == ("dino: losses differ by 2e-05", "dino: weights differ by 2e-06", "dino: weights went 0.0001 only")
 
 
 def test_results_are_kept_where_no_newer_one_is(tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +57,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found nothing else
     import_deepspeed()
+    if deepspeed:
+        prefer_own_tools()
+        remove_stale_locks()
     processes = launched()
     micro, accumulation = batch_split(recipe, processes)
     if cpu and processes > 1 and not deepspeed and not dist.is_initialized():
@@ -107,6 +112,37 @@ def import_deepspeed() -> None:
         os.close(nowhere)
 
 
+def prefer_own_tools() -> None:
+    """This environment's ninja before others, activated or not: what one version has built another builds again."""
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if not path.startswith(own):
+        os.environ["PATH"] = os.pathsep.join([own, path])
+
+
+def remove_stale_locks(age: float = 900.0) -> None:
+    """Locks of builds of extensions that were killed: DeepSpeed would wait for such a build for ever, without a word.
+
+    age: seconds after which one counts as forgotten if no process of this host holds it open; other hosts may share the folder.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > age and not _is_open(lock):
+                lock.unlink()
+                print(f"mmssl: note: removed {lock}, which a build that was killed had left behind.", file=sys.stderr)
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process of this host has it open, as far as this one may see."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.samefile(file):
+                return True
+    return False
+
+
 def main_first(make: Callable[[], T], args: TrainingArguments) -> T | None:
     """What `make` makes on the main process, None on the others, which wait for it; its error reaches all ranks."""
     error, made = None, None
@@ -146,12 +182,6 @@ def check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
     for what in ("offload_optimizer", "offload_param"):
         if config.get("zero_optimization", {}).get(what, {}).get("device", "none") != "none":
             raise RecipeError(f"The DeepSpeed file sets {what}, which the teacher does not follow; remove it.")
-    policies = [name for name in ("on_nonfinite", "on_collapse") if getattr(recipe.watch, name) == "rollback"]
-    if policies and config.get("zero_optimization", {}).get("stage") in (1, 2):
-        raise RecipeError(
-            f"watch.{policies[0]}: rollback does not work under ZeRO-1 and ZeRO-2, whose moments cannot be written; set it to "
-            "stop, or use ZeRO-3 or DDP."
-        )
     for engine in ("bf16", "fp16"):
         if config.get(engine, {}).get("enabled") is True:
             raise RecipeError(

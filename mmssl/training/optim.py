@@ -201,8 +201,6 @@ def check_whole(options: OptimOptions) -> None:
             f"optim.name: {options.name} takes the norm of each whole tensor, and DeepSpeed flattens and shards them; "
             f"{mend}, or set optim.name=adamw."
         )
-    if options.name == "sgd":
-        raise RecipeError(f"optim.name: under DeepSpeed only the state of adamw can be saved; {mend}, or set optim.name=adamw.")
     if options.clip_each:
         raise RecipeError(
             "optim.clip_each: takes the norm of each whole gradient, and DeepSpeed flattens and shards them; "

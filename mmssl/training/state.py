@@ -11,8 +11,6 @@ from mmssl.distributed import full_value, is_partitioned, rank, set_full_value, 
 from mmssl.errors import CheckpointError
 from mmssl.training.objective import Objective
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @torch.no_grad()
 def model_state(objective: Objective) -> dict[str, Tensor]:
@@ -39,28 +37,33 @@ def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
 def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
     """The same while it trains, wrapped or partitioned as it is."""
     split = {name: parameter for name, parameter in objective.named_parameters() if is_partitioned(parameter)}
-    if not split:
-        return load_model_state(objective, saved)
-    objective.load_state_dict({name: tensor for name, tensor in saved.items() if name not in split}, strict=False)
+    if split:
+        objective.load_state_dict({name: tensor for name, tensor in saved.items() if name not in split}, strict=False)
+    else:
+        load_model_state(objective, saved)
     for name, parameter in split.items():
         set_full_value(parameter, saved[name])
+    for parameter in objective.parameters():
+        master = getattr(parameter, "_hp_mapping", None)  # this rank's slice of it, under ZeRO-1 and ZeRO-2
+        if master is not None:
+            master.update_hp()
 
 
 @torch.no_grad()
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
     """`name.exp_avg`, `name.step` and so on of every trained parameter, whole, as `model_state`. A collective under ZeRO."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
-    state: dict[str, Tensor] = {}
+    zero, state = _is_zero(inner), {}
+    shards = _shards(inner) if zero else {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        if hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer):  # a ZeRO optimizer around AdamW
-            for moment in MOMENTS:
-                state[f"{name}.{moment}"] = _zero_moment(parameter, moment)
-            state[f"{name}.step"] = _zero_step(inner)
+        if zero:
+            shard = shards[parameter]
+            own = {key: v if key == "step" else _zero_moment(parameter, key) for key, v in shard.items()}
         else:
-            for moment, value in inner.state.get(parameter, {}).items():
-                state[f"{name}.{moment}"] = value
+            own = inner.state.get(parameter, {})
+        state |= {f"{name}.{key}": value for key, value in own.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -68,39 +71,55 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
 def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, Tensor]) -> None:
     """After the engine was built; what it holds is replaced."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
-    zero = hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
-    if zero:
-        _create_zero_moments(inner)
+    zero = _is_zero(inner)
+    shards = _shards(inner) if zero else {}
+    if zero:  # in place, since parameters have views of them
+        for tensor in {id(tensor): tensor for shard in shards.values() for tensor in shard.values()}.values():
+            tensor.zero_()
     else:
         inner.state.clear()
     for name, parameter in objective.named_parameters():
         own = {key.rpartition(".")[2]: value for key, value in saved.items() if key.rpartition(".")[0] == name}
         if not parameter.requires_grad or not own:
             continue
-        if zero:
-            for moment in MOMENTS:
-                _set_zero_moment(parameter, moment, own[moment])
-        else:
+        if not zero:
             inner.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in own.items()}
-    if zero:
-        steps = [value for name, value in saved.items() if name.endswith(".step")]
-        for state in inner.optimizer.state.values():  # type: ignore[attr-defined]
-            if steps and "step" in state:
-                state["step"] = (
-                    steps[0].to(state["step"].device, copy=True) if torch.is_tensor(state["step"]) else float(steps[0])
-                )
+            continue
+        for key, value in own.items():
+            if key == "step":
+                shards[parameter]["step"].copy_(value)
+            else:
+                _set_zero_moment(parameter, key, value)
 
 
-def _create_zero_moments(inner: Any) -> None:
-    """A fresh engine has no moments to write into before its first step. Raises: CheckpointError below stage 3."""
-    if not hasattr(inner, "fp32_partitioned_groups_flat"):
-        raise CheckpointError(
-            "Resuming under ZeRO-1 or ZeRO-2 is not supported; resume on one process, under DDP or under ZeRO-3."
-        )
-    for flat in inner.fp32_partitioned_groups_flat:
-        inner.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | {
-            moment: torch.zeros_like(flat) for moment in MOMENTS
-        }
+def _is_zero(inner: Any) -> bool:
+    """Whether it is one of ZeRO's, around the one that makes the updates."""
+    return hasattr(inner, "optimizer") and not isinstance(inner, torch.optim.Optimizer)
+
+
+def _shards(inner: Any) -> dict[Tensor, dict[str, Tensor]]:
+    """Parameter -> what the optimizer keeps of the shard in which the parameter lies, together with others.
+
+    A shard that has had no update yet, which has nothing to read or to write into, is given zeros: that comes to the same.
+    """
+    optimizer: torch.optim.Optimizer = inner.optimizer
+    kept = ("exp_avg", "exp_avg_sq")
+    if isinstance(optimizer, torch.optim.SGD):
+        kept = ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
+    third = hasattr(inner, "fp32_partitioned_groups_flat")
+    flats = inner.fp32_partitioned_groups_flat if third else inner.single_partition_of_fp32_groups
+    shards = {}
+    for parameters, flat in zip(inner.fp16_groups if third else inner.bit16_groups, flats):
+        state = optimizer.state[flat]
+        if kept and not state:
+            state |= {moment: torch.zeros_like(flat) for moment in kept}
+            if "exp_avg" in kept:
+                state["step"] = torch.zeros((), device=flat.device if optimizer.defaults.get("fused") else "cpu")
+        shards |= dict.fromkeys(parameters, state)
+    if not third:  # parameters get views of their moments after the first group's first update, when other groups have none
+        inner._hp_optimizer_states_linked = False
+        inner._lazy_init_hp_params_optimizer_state()
+    return shards
 
 
 def _zero_moment(parameter: Any, moment: str) -> Any:
@@ -128,10 +147,3 @@ def _set_zero_moment(parameter: Any, moment: str, value: Tensor) -> None:
     part = value.flatten()[start : start + local.numel()]
     local[: part.numel()] = part
     safe_set_local_optimizer_state(parameter, local, moment)
-
-
-def _zero_step(inner: Any) -> Tensor:
-    for state in inner.optimizer.state.values():
-        if "step" in state:
-            return torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
-    return torch.zeros(())

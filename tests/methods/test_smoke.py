@@ -1,4 +1,4 @@
-"""A few hundred updates of data2vec 2.0 teach something about images and texts; there and on tones predictions stay apart."""
+"""A few hundred updates of data2vec 2.0 teach something about images, tones and texts, and keep predictions apart."""
 
 import json
 
@@ -25,13 +25,13 @@ optim: {lr: 2.0e-3, warmup: 30, clip: 4.0}
 train: {steps: 300, global_batch: 16}
 """
 TONES = """
-model: {hidden_size: 48, depth: 2, heads: 3, extra_tokens: 0, conv_channels: 8, position_layers: 1, position_kernel: 3,
+model: {hidden_size: 48, depth: 2, heads: 3, extra_tokens: 0, conv_channels: 32, position_layers: 1, position_kernel: 3,
   position_groups: 4, norm_eps: 1.0e-5}
 method: {name: data2vec2, top_k: 2, final_norm: none, cls_weight: 0.0, teacher_features: share,
   momentum: {start: 0.99, end: 0.999}, decoder: {dim: 48, groups: 4, kernel: 5, layers: 2}}
 views: {longest: 0.3, shortest: 0.2, mask: {kind: block, ratio: 0.5, adjust: 0.05, width: 3, copies: 4}}
-optim: {lr: 2.0e-3, warmup: 50, clip: 4.0}
-train: {steps: 200, global_batch: 8}
+optim: {lr: 1.0e-3, warmup: 50, clip: 4.0}
+train: {steps: 400, global_batch: 8}
 """
 WORDS = """
 model: {vocab_size: 424, mask_token_id: 423, max_tokens: 24, hidden_size: 48, depth: 2, heads: 3, norm_eps: 1.0e-5,
@@ -60,13 +60,13 @@ def images(folder, draw):
 
 
 def tones(folder, draw):
-    """Eight pitches, each by voices of its own, under noise."""
+    """Eight pitches, each by a new voice every 25 milliseconds: what can be told from the rest of a clip is its pitch."""
     label, time = draw.integers(8, size=LEARNED_FROM + PROBED_BY + TESTED_ON), np.arange(4800) / 16_000
     samples = []
     for pitch in 200 * 2 ** (label / 4 + draw.uniform(-0.05, 0.05, len(label))):
-        strength, phase = draw.uniform(0, 1, (2, 5, 1))
+        strength, phase = draw.uniform(0, 1, (2, 5, 12)).repeat(len(time) // 12, 2)
         wave = (strength * np.sin(2 * np.pi * (pitch * np.arange(1, 6)[:, None] * time + phase))).sum(0)
-        samples.append(0.1 * (wave + draw.normal(0, 0.3, len(time))))
+        samples.append(0.1 * (wave + draw.normal(0, 0.1, len(time))))
     for i, wave in enumerate(samples[:LEARNED_FROM]):
         soundfile.write(folder / f"{i}.wav", wave, 16_000)
     return [torch.tensor(wave, dtype=torch.float32) for wave in samples[LEARNED_FROM:]], label[LEARNED_FROM:]
@@ -90,7 +90,7 @@ def words(folder, draw):
 
 
 KINDS = {"vision": (IMAGES, images), "speech": (TONES, tones), "text": (WORDS, words)}
-GAINS = {"vision": 0.04, "text": 0.2}  # 57 to 68 %, 47 to 91 %
+GAINS = {"vision": 0.04, "speech": 0.05, "text": 0.2}  # 57 to 68 %, 34 to 47 %, 47 to 91 %
 
 
 @torch.no_grad()
@@ -117,10 +117,8 @@ def train(kind, folder, trained, before):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_hundred_updates_keep_predictions_apart_and_teach_what_samples_are_about(kind, tmp_path, trained):
-    """Of tones so few updates teach too little to be told from chance: there only what is predicted is looked at."""
     untrained = []
     run, samples, labels = train(kind, tmp_path, trained, lambda *given: untrained.append(accuracy(*given)))
     lines = [line for line in run.lines if "health/prediction_std" in line and line["step"] >= 100]
     assert min(line["health/prediction_std"] for line in lines) > 0.05  # fairseq stops below 0.01
-    if kind in GAINS:
-        assert accuracy(run, samples, labels) > untrained[0] + GAINS[kind]
+    assert accuracy(run, samples, labels) > untrained[0] + GAINS[kind]

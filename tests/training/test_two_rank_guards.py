@@ -79,12 +79,13 @@ told = {"same": same, "applied": trainer.applied, "rollbacks": trainer.rollbacks
     [
         ("cpu2-ddp", "sample", 1, ()),
         ("cpu2-ddp", "gradient", 0, ("watch.on_nonfinite=rollback", "train.max_skips=0")),
+        ("cpu2-zero1", "sample", 1, ("watch.on_nonfinite=rollback", "train.max_skips=0")),
         ("cpu2-zero3", "gradient", 0, ()),
         ("cpu2-zero3", "sample", 1, ("watch.on_nonfinite=rollback", "train.max_skips=0")),
     ],
 )
 def test_t12_what_is_bad_on_one_rank_is_left_out_on_both(image_folder, tmp_path, profile, what, micro, words):
-    """T12: N1 to N3 under DDP and ZeRO-3; going back in the same processes."""
+    """T12: N1 to N3 under DDP and ZeRO; going back in the same processes."""
     if "zero" in profile and not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
     (tmp_path / "tiny.yaml").write_text(

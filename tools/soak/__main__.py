@@ -1,9 +1,10 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
-python -m tools.soak [only=kills,files,recipes,disk] [kills=100] [settings=1,2,...] [files=200] [recipes=500] [disk=20]
-                     [seed=0] [write=true]
+python -m tools.soak [only=engines,kills,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
+                     [kills=100] [settings=1,2,...] [files=200] [recipes=500] [disk=20] [seed=0] [write=true]
 
-settings: numbers of those in tools/soak/runs.py, all if unset. Exit status 1 if anything was wrong.
+settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset. Exit status 1 if
+anything was wrong.
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ from tools.soak.runs import SETTINGS, Row
 DOCS = Path("docs/reliability.md")
 BEGIN, END = "<!-- soak: written by `make soak` -->", "<!-- end -->"
 DEFAULTS = {
-    **{"only": "kills,files,recipes,disk", "kills": "100", "settings": "", "files": "200", "recipes": "500", "disk": "20"},
-    **{"seed": "0", "write": "true"},
+    **{"only": "engines,kills,files,recipes,disk", "engines": "ddp,zero1,zero2,zero3", "methods": ""},
+    **{"kills": "100", "settings": "", "files": "200", "recipes": "500", "disk": "20", "seed": "0", "write": "true"},
 }
+
+
+def engines(given: dict[str, str]) -> list[Row]:
+    """Two ranks under each engine against one process."""
+    from tools.soak import engines, runs
+
+    methods = given["methods"].split(",") if given["methods"] else [*engines.METHODS]
+    with tempfile.TemporaryDirectory() as folder:
+        runs.prepare(Path(folder))
+        return engines.rows(engines.campaign(Path(folder), methods, given["engines"].split(",")))
 
 
 def kills(given: dict[str, str]) -> list[Row]:
@@ -94,7 +105,7 @@ def main() -> None:
     given, wrong = DEFAULTS | words, False
     for part in given["only"].split(","):
         start = time.monotonic()
-        rows = {"kills": kills, "files": files, "recipes": recipes, "disk": disk}[part](given)
+        rows = {"engines": engines, "kills": kills, "files": files, "recipes": recipes, "disk": disk}[part](given)
         for row in rows:
             print(f"{row.what}: {row.tried}: {row.result if not row.wrong else 'WRONG'}", *row.wrong, sep="\n  ", flush=True)
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -67,6 +68,8 @@ class Child:
                 os.dup2(handle, 2)
                 code = work() or 0
                 sys.stdout.flush()
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
 

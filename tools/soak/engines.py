@@ -1,0 +1,215 @@
+"""DDP and ZeRO-1, 2, 3 on two ranks against one process: losses, weights and what the exported encoder says.
+
+Updates are plain SGD in fp32. AdamW divides by the root of what it saw, which makes something of rounding where a gradient is
+truly zero, as for the biases of attention keys.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmssl.training import checkpoint
+from tools.soak.runs import Child, Row, curve, mmssl
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+STEPS = 20
+LOSSES, OUTPUTS, WEIGHTS = 1e-5, 1e-5, 1e-6  # the largest difference: of losses and outputs relative, of weights absolute
+VISION = """\
+data: {path: FOLDER/pictures, modality: vision, workers: 0}
+model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 2, heads: 2, norm: pre}
+"""
+CROPS = "views: {crops: [{count: 2, scale: [0.4, 1.0]}]}\n"
+REST = """\
+optim: {name: sgd, lr: RATE, weight_decay: 0.01, warmup: 2, clip: 1.0}
+train: {steps: 20, global_batch: 16, device: cpu, log_every: 1, threads: 1}
+watch: {every: 0, samples: 20}
+save: {every: 20, keep: 1}
+"""
+METHODS: dict[str, tuple[str, float]] = {  # name -> what differs, learning rate
+    "data2vec2": (
+        VISION
+        + "method: {name: data2vec2, top_k: 2, momentum: 0.5, decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}}\n"
+        + "views: {mask: {ratio: 0.75, adjust: 0.1, width: 2, copies: 2}}\n",
+        0.02,
+    ),
+    "dino": (VISION + "method: {name: dino, hidden: 32, bottleneck: 16, prototypes: 24, momentum: 0.5}\n" + CROPS, 0.05),
+    "moco_v3": (VISION + "method: {name: moco_v3, hidden: 32, dim: 16, layers: 2, momentum: 0.5}\n" + CROPS, 0.005),
+    "swav": (VISION + "method: {name: swav, hidden: 32, dim: 16, prototypes: 12, freeze_epochs: 0}\n" + CROPS, 0.005),
+    "mae": (
+        VISION + "method: {name: mae, decoder: {dim: 16, depth: 1, heads: 2}}\nviews: {mask: {kind: random, ratio: 0.75}}\n",
+        0.05,
+    ),
+    "simclr": (VISION + "method: {name: simclr, hidden: 32, dim: 16, temperature: 0.5}\n" + CROPS, 0.005),
+    "wav2vec2": (
+        """\
+data: {path: FOLDER/sounds, modality: speech, workers: 0}
+model:
+  {hidden_size: 32, depth: 2, heads: 2, norm: pre, extra_tokens: 0, conv_channels: 16, conv_norm: layer, positions: single,
+   position_kernel: 7, position_groups: 4, alibi: false}
+method: {name: wav2vec2, dropout: 0.0, dim: 16, entries: 8, negatives: 5, penalty: 0.0, feature_grad_scale: 1.0}
+views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio: 0.5, width: 3, copies: 2}}
+""",
+        0.02,
+    ),
+}
+
+
+class Found(NamedTuple):
+    """The largest differences of a run from the one in a single process."""
+
+    losses: float
+    outputs: float
+    weights: float
+    moved: float  # how far the farthest weight went in training; a run that stands still would equal any other
+
+    def wrong(self, name: str) -> tuple[str, ...]:
+        """What is beyond its limit."""
+        limits = {"losses": LOSSES, "outputs": OUTPUTS, "weights": WEIGHTS}
+        told = [
+            f"{name}: {what} differ by {getattr(self, what):.2g}" for what, most in limits.items() if getattr(self, what) > most
+        ]
+        return (*told, *([f"{name}: weights went {self.moved:.2g} only"] if self.moved < 1e-3 else []))
+
+
+def campaign(place: Path, methods: Iterable[str], engines: Iterable[str]) -> dict[str, dict[str, Found]]:
+    """Engine -> method -> differences. place: a folder that `runs.prepare` has filled."""
+    child = Child(lambda: write_samples(place), place / "samples.log")
+    child.wait()
+    if child.code:
+        raise RuntimeError(child.said())
+    found: dict[str, dict[str, Found]] = {engine: {} for engine in engines}
+    for method in methods:
+        one = train(place, method, None)
+        for engine, row in found.items():
+            row[method] = ask(place, train(place, method, engine), one)
+    return found
+
+
+def rows(found: dict[str, dict[str, Found]]) -> list[Row]:
+    """Of the table, one for each engine."""
+    lines = []
+    for engine, methods in found.items():
+        worst = {what: max(getattr(one, what) for one in methods.values()) for what in ("losses", "outputs", "weights")}
+        result = "at most {losses:.1e} relative in losses, {outputs:.1e} in what encoders say, {weights:.1e} in weights"
+        wrong = tuple(text for method, one in methods.items() for text in one.wrong(method))
+        lines.append(
+            Row(f"engine: {engine}", f"2 ranks against one process: {', '.join(methods)}", result.format(**worst), wrong)
+        )
+    return lines
+
+
+def train(place: Path, method: str, engine: str | None) -> Path:
+    """The run folder; engine: None for one process."""
+    run, (recipe, rate) = place / f"{method}-{engine}", METHODS[method]
+    file = place / f"{method}.yaml"
+    file.write_text((recipe + REST).replace("FOLDER", str(place)).replace("RATE", str(rate)))
+    words = ["pretrain", str(file), f"out={run}"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        mmssl(*words, log=place / f"{run.name}-{rank}.log", before=lambda rank=rank: launch(rank, port, engine))
+        for rank in range(1 if engine is None else 2)
+    ]
+    for rank in ranks:
+        rank.wait()
+    if failed := [rank.said() for rank in ranks if rank.code]:
+        raise RuntimeError(f"{method} on {engine or 'one process'}:\n" + "\n".join(failed))
+    return run
+
+
+def launch(rank: int, port: int, engine: str | None) -> None:
+    """As `accelerate launch` sets it."""
+    if engine is None:
+        return
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    if engine == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}_cpu.json"
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+
+
+def ask(place: Path, run: Path, one: Path) -> Found:
+    """`compare` in a process of its own: this one must not compute."""
+    import json
+
+    file = place / "compared.json"
+    child = Child(lambda: file.write_text(json.dumps(compare(run, one))) * 0, place / "compared.log")
+    child.wait()
+    if child.code:
+        raise RuntimeError(child.said())
+    return Found(*json.loads(file.read_text()))
+
+
+def compare(run: Path, one: Path) -> Found:
+    """Of two finished runs of the same recipe."""
+    import torch
+
+    mine, theirs = (state_of(folder) for folder in (run, one))
+    start = dict(method_of(one).named_parameters())
+    a, b = curve(run), curve(one)
+    if [*a] != [*b] or len(b) != STEPS:
+        raise RuntimeError(f"losses of steps {[*a]} and {[*b]}")
+    outputs = [say(folder, state) for folder, state in ((run, mine), (one, theirs))]
+    kept = [name for name, tensor in theirs.items() if tensor.is_floating_point()]
+    apart = {name: float((mine[name] - theirs[name]).abs().max()) for name in kept}
+    moved = [float((theirs[name] - parameter).detach().abs().max()) for name, parameter in start.items()]
+    norm = torch.linalg.vector_norm
+    return Found(
+        max(abs(a[step] - b[step]) / abs(b[step]) for step in b),  # type: ignore[operator, arg-type]
+        float(norm(outputs[0] - outputs[1]) / norm(outputs[1])),
+        max(apart.values()),
+        max(moved),
+    )
+
+
+def method_of(run: Path) -> Any:
+    """As the recipe builds it."""
+    from mmssl.config import Recipe
+
+    return Recipe.load(run / "config.yaml").build()
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """Of the method, teacher included, at the end."""
+    path = checkpoint.newest(run / "checkpoints")
+    assert path is not None
+    whole = checkpoint.load(path)[0]["model"]
+    return {name.removeprefix("method."): tensor for name, tensor in whole.items() if name.startswith("method.")}
+
+
+def say(run: Path, state: dict[str, Any]) -> Any:
+    """Tokens of the encoder that would be exported, the teacher's if there is one, for inputs that are always the same."""
+    import torch
+
+    from mmssl.types import View
+
+    method = method_of(run)
+    method.load_state_dict(state)
+    network, student = getattr(method, "teacher", method.student), method.student.encoder.eval()
+    speech = hasattr(method, "quantizer")
+    x = torch.randn((4, 6400) if speech else (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    view = View(x, "speech" if speech else "vision")
+    with torch.no_grad():
+        return network.encode(view, student.features(x)).tokens if network is not method.student else student(view).tokens
+
+
+def write_samples(place: Path) -> None:
+    """Pictures of four coloured quarters, and tones of half a second. All differ, or batch norm would blow up rounding."""
+    import numpy as np
+    import soundfile
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for name in ("pictures", "sounds"):
+        (place / name / "train").mkdir(parents=True)
+    for i in range(48):
+        quarters = draw.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+        Image.fromarray(quarters.repeat(10, 0).repeat(10, 1)).save(place / "pictures" / "train" / f"{i:02}.png")
+        tone = np.sin(2 * np.pi * draw.uniform(200, 2000) * np.arange(8000) / 16000) + 0.3 * draw.standard_normal(8000)
+        soundfile.write(place / "sounds" / "train" / f"{i:02}.wav", 0.1 * tone, 16000)
