@@ -26,11 +26,11 @@ keys and wrong types are refused, all at once. `mmssl copy NAME FILE` gives you 
 [recipe.schema.json](recipe.schema.json), of data2vec 2 on images, serves editors that know JSON Schema. A relative `data.path`
 is stored as it is: resume a run from the folder where it was started.
 
-Processes: launch profiles lie in `recipes/accelerate/`, for two processes without a GPU (`cpu2-ddp`, `cpu2-zero1`, `cpu2-zero2`,
-`cpu2-zero3`), for the GPUs of one machine (`gpu-ddp`, `gpu-zero2`, `gpu-zero3`; add `--num_processes N`) and of several
-(`gpu-multinode`): `accelerate launch --config_file recipes/accelerate/PROFILE.yaml recipes/pretrain.py RECIPE`. `slurm.sbatch` is a job that
-saves before its time is up, queues again and goes on. Each says in its first lines how it is started. Those for GPUs have not been
-run on one yet. ZeRO on CPU compiles a small extension and needs a C++ compiler.
+Processes: launch profiles lie in `recipes/accelerate/`, for two processes without a GPU (`cpu2-ddp`, `cpu2-zero1`,
+`cpu2-zero2`, `cpu2-zero3`), for the GPUs of one machine (`gpu-ddp`, `gpu-zero2`, `gpu-zero3`; add `--num_processes N`) and of
+several (`gpu-multinode`): `accelerate launch --config_file recipes/accelerate/PROFILE.yaml recipes/pretrain.py RECIPE`.
+`slurm.sbatch` is a job that saves before its time is up, queues again and goes on. Each says in its first lines how it is
+started. Those for GPUs have not been run on one yet. ZeRO on CPU compiles a small extension and needs a C++ compiler.
 
 ## Shipped recipes
 
