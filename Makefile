@@ -26,7 +26,7 @@ test: $(STAMP) lint
 results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is there; needs ../shared/data, some hours
 	$(BIN)/python -m tools.results
 
-soak: $(STAMP)  ## faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
+soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
 
 bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
