@@ -303,6 +303,12 @@ def test_no_mutation_of_a_recipe_raises_anything_but_a_recipe_error():
     assert not [line for _, *problems in lines for line in problems if not (line.startswith("  ") and ": " in line)]
 
 
+@pytest.mark.parametrize("backbone", [500, [1, 2]])
+def test_a_backbone_that_is_no_name_is_one_message(backbone):
+    with pytest.raises(RecipeError, match=r"model\.backbone: found"):
+        Recipe.load("vision/byol-resnet50", "data=x", f"model.backbone={backbone}")
+
+
 def test_t31_mutated_recipes_are_refused_by_name_or_build(tmp_path):
     found = attack(tmp_path, 60, seed=0)
     assert found.wrong == []

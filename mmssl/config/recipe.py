@@ -100,7 +100,7 @@ class Recipe(Options):
         except ValidationError as error:
             problems += [explain(issue, chosen) for issue in told(error.errors())]
             recipe = _without(raw, [issue["loc"] for issue in error.errors()], chosen)
-        if recipe is not None and known and found:
+        if recipe is not None and known and found and recipe.wrapped == wrapped:  # else its block is not that of its encoder
             problems += recipe.conflicts()
         if problems or recipe is None:
             listing = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
