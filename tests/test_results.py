@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from mmssl.config import Recipe
 from mmssl.methods import METHODS
-from tools.results import RESULTS, counted, masked, processor_seconds, row
+from tools.results import RESULTS, counted, longer, masked, processor_seconds, row
 
 
 def test_every_method_is_measured():
@@ -15,6 +16,9 @@ def test_every_method_is_measured():
     assert measured == {*METHODS}
     assert {name.split("-")[0] for name in masked()} == {"vision", "speech", "spectrogram", "text"}
     assert not {*masked()} & {*RESULTS}
+    assert {name.split("-")[1] for name in longer()} == {"vision", "speech", "text"}
+    for name, result in longer().items():
+        assert Recipe.load(result.recipe, "data=x", "out=y", *result.words).train.steps > 1000, name
 
 
 def test_costs_of_a_resumed_run_add_up(tmp_path):
@@ -42,5 +46,5 @@ def test_an_unknown_name_is_told(monkeypatch):
     from tools import results
 
     monkeypatch.setattr(sys, "argv", ["results", "only=masked,vision-mai"])
-    with pytest.raises(SystemExit, match="only: found vision-mai, expected methods, masked, cifar10"):
+    with pytest.raises(SystemExit, match="only: found vision-mai, expected methods, masked, longer, cifar10"):
         results.main()

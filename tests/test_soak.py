@@ -19,11 +19,22 @@ from tools.soak.runs import Row
     ],
 )
 def test_nothing_is_lost(words, told):
-    words = [sys.executable, "-m", "tools.soak", *words, "write=false"]
+    said = soaked(*words)
+    assert said.startswith(told)
+    assert "identical to the bit" in said
+
+
+@pytest.mark.distributed
+def test_t16_one_of_two_ranks_killed():
+    """A rank that is killed, in a save as well: the other ends soon and names it, the last checkpoint is whole."""
+    assert soaked("only=ranks", "ranks=2").startswith("ranks: one of two ranks killed 2 times")
+
+
+def soaked(*words: str) -> str:
+    words = (sys.executable, "-m", "tools.soak", *words, "write=false")
     done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith(told)
-    assert "identical to the bit" in done.stdout
+    return done.stdout
 
 
 @pytest.mark.distributed
@@ -31,16 +42,20 @@ def test_t03_two_ranks_say_what_one_process_says():
     """A part of the campaign, which has seven methods under four engines; see also tests/training/test_run.py."""
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
-    words = ["only=engines", "engines=zero1", "methods=dino,wav2vec2", "write=false"]
-    done = subprocess.run([sys.executable, "-m", "tools.soak", *words], capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("engine: zero1: 2 ranks against one process: dino, wav2vec2")
+    said = soaked("only=engines", "engines=zero1", "methods=dino,wav2vec2", "precision=fp32")
+    assert said.startswith("engine: zero1: 2 ranks against one process: dino, wav2vec2")
 
 
 def test_differences_between_engines_are_told():
     alike, apart = engines.Found(1e-7, 1e-7, 1e-7, 0.1), engines.Found(2e-5, 1e-7, 2e-6, 1e-4)
     (row,) = engines.rows({"zero2": {"mae": alike, "dino": apart}})
     assert row.wrong == ("dino: losses differ by 2e-05", "dino: weights differ by 2e-06", "dino: weights went 0.0001 only")
+    rounded = apart._replace(moved=0.1, limits=engines.ROUNDED)
+    one, other = engines.rows({"zero2, bf16": {"dino": rounded}, "zero2 and ddp, bf16": {"dino": apart._replace(moved=0.1)}})
+    assert one.tried.startswith("2 ranks against one process")
+    assert not one.wrong
+    assert other.tried.startswith("2 ranks and 2 ranks")
+    assert len(other.wrong) == 2
 
 
 def test_results_are_kept_where_no_newer_one_is(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """make results: the runs behind docs/results.md, each skipped if it is already there. Prints the table.
 
-python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods,masked,NAME]
+python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods,masked,longer,NAME]
 
 `methods` stands for all joint-embedding methods on the same 10 000 images with the same small encoder, 3 minutes each; `masked`
-for all masked and predictive methods on images, speech, spectrograms and text, about 2 minutes each, named MODALITY-METHOD.
+for all masked and predictive methods on images, speech, spectrograms and text, about 2 minutes each, named MODALITY-METHOD;
+`longer` for the best of each modality, about 15 minutes each.
 What a run cost is in its cost.json: seconds of processor time of training, children included; of a killed attempt nothing.
 """
 
@@ -38,6 +39,7 @@ class Result(NamedTuple):
 
 RESULTS = {
     "cifar10": Result("vision/data2vec2-cifar10-cpu", "cifar10", 50_000),
+    "cifar10-data2vec1": Result("vision/data2vec1-cifar10-cpu", "cifar10", 50_000),
     "fsdd": Result("speech/data2vec2-fsdd-cpu", "fsdd", 5_000, group="speaker"),
     "agnews-small": Result("text/data2vec2-agnews-cpu", "agnews-small", 10_000, vocabulary=4000),
 }
@@ -48,6 +50,10 @@ PLACES = {  # modality: what its small recipes end in, and how they are learned
     "speech": ("fsdd-cpu", Result("", "fsdd", 5_000, group="speaker")),
     "spectrogram": ("fsdd-cpu", Result("", "fsdd", 5_000, group="speaker")),
     "text": ("agnews-cpu", Result("", "agnews-small", 5_000, vocabulary=4000)),
+}
+LONGER = {  # the best of a modality, more updates of it, and pictures on the way
+    "vision-mae": ("train.steps=5000", "watch.every=1000", "watch.samples=5000"),
+    "text-causal_lm": ("train.steps=2800", "watch.every=700", "save.every=700"),
 }
 FOLDER = Path("runs/results")
 
@@ -62,6 +68,17 @@ def masked() -> dict[str, Result]:
         for name in others
     }
     return {name: result for name, result in wanted.items() if result.recipe in shipped and result.recipe not in above}
+
+
+def longer() -> dict[str, Result]:
+    """The best of each modality, about 15 minutes each, all images."""
+    short = masked()
+    return {
+        f"longer-{name}": short[name]._replace(
+            words=(*(word for word in short[name].words if not word.startswith("data.limit")), *words), samples=50_000
+        )
+        for name, words in LONGER.items()
+    }
 
 
 def finished(run: Path) -> bool:
@@ -128,8 +145,8 @@ def row(name: str, run: Path) -> Iterator[str]:
 def main() -> None:
     """Train what is missing, measure, print; what fails is named and the others go on."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    folder, results = Path(given.get("data", "../shared/data")), RESULTS | masked()
-    groups = {"methods": COMPARED, "masked": [*masked()]}
+    folder, results = Path(given.get("data", "../shared/data")), RESULTS | masked() | longer()
+    groups = {"methods": COMPARED, "masked": [*masked()], "longer": [*longer()]}
     wanted = [name for word in given.get("only", ",".join(results)).split(",") for name in groups.get(word, [word])]
     failed = []
     if unknown := [name for name in wanted if name not in results]:

@@ -46,6 +46,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     forced_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RecipeError(
+            "The launch profile asks for FSDP, under which the teacher would not follow the sharded student. "
+            "Use DeepSpeed ZeRO-3 for the same saving of memory: recipes/accelerate/gpu-zero3.yaml, or gpu-zero2.yaml."
+        )
     if deepspeed and forced_cpu:
         raise RecipeError(
             "ACCELERATE_USE_CPU=true turns DeepSpeed off without a word. Unset it and use recipes/accelerate/cpu2-zero3.yaml."

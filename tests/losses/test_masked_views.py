@@ -234,7 +234,7 @@ def work(rank):
 
 
 @pytest.mark.distributed
-def test_every_loss_of_two_ranks_is_that_of_one_process(tmp_path):
+def test_t11_every_loss_of_two_ranks_is_that_of_one_process(tmp_path):
     (first, second), whole = on_two_ranks(work, folder=tmp_path), rank_losses(slice(None))
     assert HIDDEN[::2].sum() != HIDDEN[1::2].sum()
     for name, wanted in whole.items():

@@ -104,7 +104,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.distributed
-def test_every_loss_of_two_ranks_is_that_of_one_process(ranks):
+def test_t11_every_loss_of_two_ranks_is_that_of_one_process(ranks):
     (first, second), whole = ranks[0], values(slice(None))
     for name in LOSSES:
         for found_0, found_1, wanted in zip(first[name], second[name], whole[name]):

@@ -1,5 +1,6 @@
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -440,7 +441,7 @@ def test_casting_the_model_to_bf16_does_not_cast_the_average_and_hides_no_master
         method.after_step(Clock(1))
 
 
-def test_the_teacher_travels_in_the_state_dict(tiny):
+def test_t07_the_teacher_travels_in_the_state_dict(tiny):
     method, _ = tiny()
     randomised(method).after_step(Clock(1))
     other, _ = tiny()
@@ -534,7 +535,26 @@ def weights(recipe):
     return {name: t.clone() for name, t in method.student.state_dict().items()}
 
 
-def test_four_micro_batches_make_one_teacher_update(tiny_recipe, trained):
+def test_t36_compiled_blocks_learn_what_eager_ones_do(tiny):
+    """T36: of student and teacher, on CPU by inductor."""
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("torch.compile on CPU needs a C++ compiler, and there is none here")
+    (eager, batch), (compiled, _) = (tiny(copies=2, depth=1, top_k=1) for _ in range(2))
+    for encoder in (compiled.student.encoder, compiled.teacher.encoder):
+        for block in encoder.compilable():
+            block.compile()
+    one, other = (method(batch, Clock()).losses for method in (eager, compiled))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(other[name], one[name], rtol=1e-5, atol=0)
+    for losses in (one, other):
+        sum(losses.values()).backward()
+    for (name, mine), (_, theirs) in zip(compiled.named_parameters(), eager.named_parameters(), strict=True):
+        assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_t06_four_micro_batches_make_one_teacher_update(tiny_recipe, trained):
     recipe = tiny_recipe("train.micro_batch=2", "train.steps=1", "optim.lr=0.01", "method.momentum=0.9")
     passes = []
 

@@ -99,7 +99,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process(name, ranks):
-    """Loss, gradients and all state after three updates, of which the later ones see queues, centres and teachers."""
+    """T10, T11: loss, gradients and all state after three updates, of which the later ones see queues, centres and teachers."""
     losses, gradients, state = train(0, name)
     for one in ranks:
         other_losses, other_gradients, other_state = one[name]

@@ -138,7 +138,7 @@ def start(folder, code, *arguments):
 
 
 @torch.no_grad()
-def test_strangers_and_friends_load_an_exported_folder(exported, objective, run, folder, tmp_path):
+def test_t35_strangers_and_friends_load_an_exported_folder(exported, objective, run, folder, tmp_path):
     images, (recipe, heard) = exported(), run("speech")
     sounds = folder(recipe, heard)
     torch.save([{"pixel_values": X}], tmp_path / "images.pt")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mmssl.config import Recipe
 from mmssl.errors import DataError, NonFiniteError, RecipeError
+from mmssl.parts import Teacher
 from mmssl.training import checkpoint
 from mmssl.training.launch import check_deepspeed, prefer_own_tools, remove_stale_locks
 from mmssl.training.pretrain import prepare, pretrain
@@ -340,7 +341,7 @@ def test_a_run_may_start_from_a_model_folder(whole, images, tmp_path):
         pretrain(recipe(images, tmp_path / "other", f"model.init={whole / 'model'}", "model.depth=3"))
 
 
-def test_a_stream_trains_and_resumes_exactly(images, tmp_path):
+def test_t21_a_stream_trains_and_resumes_exactly(images, tmp_path):
     import datasets
 
     files = sorted((images / "train").glob("*/*.png"))
@@ -367,6 +368,34 @@ def test_bf16_autocast_trains_and_the_teacher_still_moves(images, tmp_path):
     assert [*curve(run).values()][-1] < next(iter(curve(run).values()))
 
 
+def test_t04_under_bf16_the_teacher_is_the_true_average_and_one_kept_in_bf16_is_not(images, tmp_path, monkeypatch):
+    """T04 and the stricter half per cent of its movement; the average is followed in float64."""
+    small = ("train.precision=bf16", "train.steps=200", "train.global_batch=4", "model.depth=1", "method.top_k=1")
+    quiet = ("watch.linear=false", "watch.samples=20", "save.every=200", "train.log_every=50", "method.momentum=0.996")
+    run, move, true, low = prepare(recipe(images, tmp_path / "run", *small, *quiet)), Teacher.after_step, {}, {}
+    teacher = run.objective.method.teacher
+    start = {name: p.double() for name, p in teacher.network.named_parameters() if not name.startswith(teacher.copied)}
+
+    def follow(self, clock):
+        student = dict(self.student.named_parameters())
+        for name, first in start.items():
+            now = student[name].detach()
+            true[name] = 0.996 * true.get(name, first) + 0.004 * now.double()
+            low[name] = torch.lerp(low.get(name, first.bfloat16()), now.bfloat16(), 0.004)
+        move(self, clock)
+
+    monkeypatch.setattr(Teacher, "after_step", follow)
+    run.train()
+    assert run.trainer.applied == 200
+
+    def error(average):
+        apart, moved = (sum(float((a[n] - b[n]).square().sum()) for n in true) for a, b in ((average, true), (true, start)))
+        return (apart / moved) ** 0.5
+
+    assert error(dict(teacher.network.named_parameters())) < 0.005
+    assert error(low) > 0.02
+
+
 def test_the_command_line_checks_probes_and_exports(whole, images, tmp_path):
     checked = command("check", *words(images, tmp_path / "unused", "json=true"))
     assert checked.returncode == 0, checked.stderr
@@ -386,12 +415,19 @@ def test_the_command_line_checks_probes_and_exports(whole, images, tmp_path):
         assert torch.equal(tensor, tensors[f"method.teacher.network.{name}"])
 
 
-def test_contradicting_launch_settings_are_refused(images, tmp_path):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
-    done = command("pretrain", *words(images, tmp_path / "run"), env=environment)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"), "ACCELERATE_USE_CPU"),
+        (("ACCELERATE_USE_FSDP",), "recipes/accelerate/gpu-zero3.yaml"),
+    ],
+)
+def test_t01_launchers_settings_that_would_train_otherwise_are_refused(images, tmp_path, settings, told):
+    done = command("pretrain", *words(images, tmp_path / "run"), env=os.environ | dict.fromkeys(settings, "true"))
     assert done.returncode == 2
-    assert "ACCELERATE_USE_CPU" in done.stderr
+    assert told in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_lock_of_a_build_that_was_killed_does_not_stop_a_run_for_ever(tmp_path, monkeypatch, capsys):
@@ -548,7 +584,7 @@ def test_unreadable_images_are_replaced_and_named(images, tmp_path):
     assert {Path(line["identity"]).name for line in ledger} == {victim.name}
 
 
-def test_too_many_unreadable_images_stop_the_run_with_status_3(images, tmp_path):
+def test_t24_too_many_unreadable_images_stop_the_run_with_status_3(images, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(images, data)
     for victim in sorted((data / "train" / "rows").iterdir())[:8]:

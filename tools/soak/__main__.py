@@ -1,7 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
-python -m tools.soak [only=engines,kills,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
-                     [kills=100] [settings=1,2,...] [files=200] [recipes=500] [disk=20] [seed=0] [write=true]
+python -m tools.soak [only=engines,kills,ranks,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
+                     [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [files=200] [recipes=500] [disk=20]
+                     [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset. Exit status 1 if
 anything was wrong.
@@ -22,8 +23,22 @@ from tools.soak.runs import SETTINGS, Row
 DOCS = Path("docs/reliability.md")
 BEGIN, END = "<!-- soak: written by `make soak` -->", "<!-- end -->"
 DEFAULTS = {
-    **{"only": "engines,kills,files,recipes,disk", "engines": "ddp,zero1,zero2,zero3", "methods": ""},
-    **{"kills": "100", "settings": "", "files": "200", "recipes": "500", "disk": "20", "seed": "0", "write": "true"},
+    **{
+        "only": "engines,kills,ranks,files,recipes,disk",
+        "engines": "ddp,zero1,zero2,zero3",
+        "methods": "",
+        "precision": "fp32,bf16",
+    },
+    **{
+        "kills": "100",
+        "settings": "",
+        "ranks": "10",
+        "files": "200",
+        "recipes": "500",
+        "disk": "20",
+        "seed": "0",
+        "write": "true",
+    },
 }
 
 
@@ -32,9 +47,12 @@ def engines(given: dict[str, str]) -> list[Row]:
     from tools.soak import engines, runs
 
     methods = given["methods"].split(",") if given["methods"] else [*engines.METHODS]
-    with tempfile.TemporaryDirectory() as folder:
-        runs.prepare(Path(folder))
-        return engines.rows(engines.campaign(Path(folder), methods, given["engines"].split(",")))
+    rows = []
+    for precision in given["precision"].split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.prepare(Path(folder))
+            rows += engines.rows(engines.campaign(Path(folder), methods, given["engines"].split(","), precision))
+    return rows
 
 
 def kills(given: dict[str, str]) -> list[Row]:
@@ -45,6 +63,15 @@ def kills(given: dict[str, str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         runs.prepare(Path(folder))
         return kills.rows(kills.campaign(Path(folder), int(given["kills"]), int(given["seed"]), chosen))
+
+
+def ranks(given: dict[str, str]) -> list[Row]:
+    """SIGKILL to one of two ranks."""
+    from tools.soak import ranks, runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs.prepare(Path(folder))
+        return [ranks.campaign(Path(folder), int(given["ranks"]), int(given["seed"]))]
 
 
 def disk(given: dict[str, str]) -> list[Row]:
@@ -105,7 +132,9 @@ def main() -> None:
     given, wrong = DEFAULTS | words, False
     for part in given["only"].split(","):
         start = time.monotonic()
-        rows = {"engines": engines, "kills": kills, "files": files, "recipes": recipes, "disk": disk}[part](given)
+        rows = {"engines": engines, "kills": kills, "ranks": ranks, "files": files, "recipes": recipes, "disk": disk}[part](
+            given
+        )
         for row in rows:
             print(f"{row.what}: {row.tried}: {row.result if not row.wrong else 'WRONG'}", *row.wrong, sep="\n  ", flush=True)
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)

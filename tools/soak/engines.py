@@ -1,23 +1,22 @@
 """DDP and ZeRO-1, 2, 3 on two ranks against one process: losses, weights and what the exported encoder says.
 
-Updates are plain SGD in fp32. AdamW divides by the root of what it saw, which makes something of rounding where a gradient is
+Updates are plain SGD, in fp32 or under autocast to bf16, where rounding depends on how a batch is cut and engines are compared
+with each other as well. AdamW divides by the root of what it saw, which makes something of rounding where a gradient is
 truly zero, as for the biases of attention keys.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmssl.training import checkpoint
-from tools.soak.runs import Child, Row, curve, mmssl
+from tools.soak.runs import Child, Row, curve, free_port, launch, mmssl
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 STEPS = 20
-LOSSES, OUTPUTS, WEIGHTS = 1e-5, 1e-5, 1e-6  # the largest difference: of losses and outputs relative, of weights absolute
 VISION = """\
 data: {path: FOLDER/pictures, modality: vision, workers: 0}
 model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 2, heads: 2, norm: pre}
@@ -58,62 +57,83 @@ views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio:
 }
 
 
+class Limits(NamedTuple):
+    """The largest difference: of losses and outputs relative, of weights absolute."""
+
+    losses: float
+    outputs: float
+    weights: float
+
+
+EXACT, ROUNDED = Limits(1e-5, 1e-5, 1e-6), Limits(2e-3, 2e-3, 2e-3)
+
+
 class Found(NamedTuple):
-    """The largest differences of a run from the one in a single process."""
+    """The largest differences of a run from another."""
 
     losses: float
     outputs: float
     weights: float
     moved: float  # how far the farthest weight went in training; a run that stands still would equal any other
+    limits: Limits = EXACT
 
     def wrong(self, name: str) -> tuple[str, ...]:
         """What is beyond its limit."""
-        limits = {"losses": LOSSES, "outputs": OUTPUTS, "weights": WEIGHTS}
         told = [
-            f"{name}: {what} differ by {getattr(self, what):.2g}" for what, most in limits.items() if getattr(self, what) > most
+            f"{name}: {what} differ by {getattr(self, what):.2g}"
+            for what, most in self.limits._asdict().items()
+            if getattr(self, what) > most
         ]
         return (*told, *([f"{name}: weights went {self.moved:.2g} only"] if self.moved < 1e-3 else []))
 
 
-def campaign(place: Path, methods: Iterable[str], engines: Iterable[str]) -> dict[str, dict[str, Found]]:
-    """Engine -> method -> differences. place: a folder that `runs.prepare` has filled."""
+def campaign(place: Path, methods: Iterable[str], engines: Sequence[str], precision: str) -> dict[str, dict[str, Found]]:
+    """What is compared -> method -> differences. place: a folder that `runs.prepare` has filled."""
     child = Child(lambda: write_samples(place), place / "samples.log")
     child.wait()
     if child.code:
         raise RuntimeError(child.said())
-    found: dict[str, dict[str, Found]] = {engine: {} for engine in engines}
+    ending = "" if precision == "fp32" else f", {precision}"
+    limits, (first, *others) = EXACT if precision == "fp32" else ROUNDED, engines
+    found: dict[str, dict[str, Found]] = {engine + ending: {} for engine in engines}
+    if precision != "fp32":
+        found |= {f"{engine} and {first}{ending}": {} for engine in others}
     for method in methods:
-        one = train(place, method, None)
-        for engine, row in found.items():
-            row[method] = ask(place, train(place, method, engine), one)
+        one = train(place, method, None, precision)
+        runs = {engine: train(place, method, engine, precision) for engine in engines}
+        for engine, run in runs.items():
+            found[engine + ending][method] = ask(place, run, one)._replace(limits=limits)
+            if (among := f"{engine} and {first}{ending}") in found:
+                found[among][method] = ask(place, run, runs[first])
     return found
 
 
 def rows(found: dict[str, dict[str, Found]]) -> list[Row]:
-    """Of the table, one for each engine."""
+    """Of the table, one for each comparison."""
     lines = []
-    for engine, methods in found.items():
-        worst = {what: max(getattr(one, what) for one in methods.values()) for what in ("losses", "outputs", "weights")}
+    for name, methods in found.items():
+        worst = {what: max(getattr(one, what) for one in methods.values()) for what in Limits._fields}
         result = "at most {losses:.1e} relative in losses, {outputs:.1e} in what encoders say, {weights:.1e} in weights"
         wrong = tuple(text for method, one in methods.items() for text in one.wrong(method))
-        lines.append(
-            Row(f"engine: {engine}", f"2 ranks against one process: {', '.join(methods)}", result.format(**worst), wrong)
-        )
+        tried = "2 ranks and 2 ranks" if " and " in name else "2 ranks against one process"
+        lines.append(Row(f"engine: {name}", f"{tried}: {', '.join(methods)}", result.format(**worst), wrong))
     return lines
 
 
-def train(place: Path, method: str, engine: str | None) -> Path:
+def train(place: Path, method: str, engine: str | None, precision: str) -> Path:
     """The run folder; engine: None for one process."""
     run, (recipe, rate) = place / f"{method}-{engine}", METHODS[method]
     file = place / f"{method}.yaml"
     file.write_text((recipe + REST).replace("FOLDER", str(place)).replace("RATE", str(rate)))
-    words = ["pretrain", str(file), f"out={run}"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = [
-        mmssl(*words, log=place / f"{run.name}-{rank}.log", before=lambda rank=rank: launch(rank, port, engine))
-        for rank in range(1 if engine is None else 2)
-    ]
+    words = ["pretrain", str(file), f"out={run}", f"train.precision={precision}"]
+    if engine is None:
+        ranks = [mmssl(*words, log=place / f"{run.name}.log")]
+    else:
+        port, profile = free_port(), None if engine == "ddp" else zero_file(place, engine, precision)
+        ranks = [
+            mmssl(*words, log=place / f"{run.name}-{rank}.log", before=lambda rank=rank: launch(rank, port, profile))
+            for rank in range(2)
+        ]
     for rank in ranks:
         rank.wait()
     if failed := [rank.said() for rank in ranks if rank.code]:
@@ -121,23 +141,18 @@ def train(place: Path, method: str, engine: str | None) -> Path:
     return run
 
 
-def launch(rank: int, port: int, engine: str | None) -> None:
-    """As `accelerate launch` sets it."""
-    if engine is None:
-        return
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    if engine == "ddp":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    else:
-        file = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}_cpu.json"
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+def zero_file(place: Path, engine: str, precision: str) -> Path:
+    """The DeepSpeed file that is shipped for processors, with autocast where the recipe has it."""
+    config = json.loads((Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}_cpu.json").read_text())
+    if precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    file = place / f"{engine}-{precision}.json"
+    file.write_text(json.dumps(config))
+    return file
 
 
 def ask(place: Path, run: Path, one: Path) -> Found:
     """`compare` in a process of its own: this one must not compute."""
-    import json
-
     file = place / "compared.json"
     child = Child(lambda: file.write_text(json.dumps(compare(run, one))) * 0, place / "compared.log")
     child.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -119,6 +120,22 @@ def mmssl(*words: str, log: Path, before: Callable[[], None] = lambda: None) -> 
         return main(words)
 
     return Child(work, log)
+
+
+def free_port() -> int:
+    """For ranks to meet at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def launch(rank: int, port: int, deepspeed: Path | None) -> None:
+    """One of two ranks, as `accelerate launch` sets it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    if deepspeed is None:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(deepspeed)}
 
 
 def prepare(place: Path) -> None:
