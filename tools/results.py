@@ -53,6 +53,7 @@ PLACES = {  # modality: what its small recipes end in, and how they are learned
 }
 LONGER = {  # the best of a modality, more updates of it, and pictures on the way
     "vision-mae": ("train.steps=5000", "watch.every=1000", "watch.samples=5000"),
+    "spectrogram-tera": ("train.steps=3000", "watch.every=600", "save.every=600"),
     "text-causal_lm": ("train.steps=2800", "watch.every=700", "save.every=700"),
 }
 FOLDER = Path("runs/results")
