@@ -208,6 +208,13 @@ def test_spawned_workers_of_a_stream(tmp_path):
     assert equal(load(stream_of(tmp_path), 1, "spawn"), load(stream_of(tmp_path)))
 
 
+def test_t22_three_uneven_shards_make_as_many_full_batches_on_each_of_two_ranks_with_two_workers(tmp_path):
+    shards(tmp_path, (7, 12, 2))
+    alone, *ranks = (load(stream_of(tmp_path, 12, rank=r, world=2), workers) for r, workers in ((0, 0), (0, 2), (1, 2)))
+    assert [[len(batch["index"]) for batch in rank] for rank in ranks] == 2 * [12 * [3]]
+    assert equal(ranks[0], alone)
+
+
 @pytest.mark.parametrize("sizes", [(7, 12, 5, 9, 1, 8), (17, 11)])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_stream_resumes_anywhere_without_decoding(tmp_path, sizes, known, monkeypatch):

@@ -221,6 +221,20 @@ def test_t25_a_worker_that_was_killed_changes_nothing(written, whole, tmp_path, 
     assert "worker 0 of rank 0" in (run / "log.txt").read_text()
 
 
+@pytest.mark.distributed
+def test_t24_too_many_unreadable_images_stop_both_ranks(written, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "data")
+    broken = sorted((tmp_path / "data").rglob("*.png"))[::2]
+    for victim in broken:
+        victim.write_bytes(b"not an image")
+    words = (f"data.path={tmp_path / 'data'}", "data.max_bad=0.1", "data.min_bad=2")
+    codes, said = befallen(written, tmp_path, {"bad": (2, "", *words)})
+    assert codes["bad"] == 3, said["bad"]
+    assert "Traceback" not in said["bad"]
+    assert any(victim.name in said["bad"] for victim in broken)
+    assert (state(tmp_path / "bad")["state"], state(tmp_path / "bad")["code"]) == ("failed", 3)
+
+
 # Trackers ------------------------------------------------------------------------------------------------------------
 
 
