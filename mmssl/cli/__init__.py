@@ -27,6 +27,7 @@ VERBS = {
     "replay": "the batch of an update that was not applied, sample by sample",
     "probe": "k-NN and linear accuracy of a model on labelled data",
     "export": "write the encoder of a run as a model folder",
+    "push": "send the encoder of a run to the Hub: mmssl push RUN ORG/NAME",
     "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",
     "list": "what there is to choose from: mmssl list methods|models|recipes|modalities",
     "copy": "copy a shipped recipe to a file of your own: mmssl copy RECIPE FILE",

@@ -1,0 +1,135 @@
+"""A model folder to the Hub, in one commit: whoever loads it has the old model or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from fnmatch import fnmatch
+from http import HTTPStatus
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from mmssl.errors import MmsslError, RecipeError
+
+WAITS = (1.0, 5.0)  # seconds before another try; the client itself tries most calls several times
+EXPORTED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "modeling_mmssl.py",
+    "*processor_config.json",
+    "*token*",
+)  # not of users
+HELP = {
+    HTTPStatus.UNAUTHORIZED: "the token is not accepted; log in with `hf auth login`, or set HF_TOKEN",
+    HTTPStatus.FORBIDDEN: "the token may not write there; take one with write access, and an ORG that you belong to",
+    HTTPStatus.NOT_FOUND: "there is no such place, or the token may not see it; check ORG/NAME",
+}
+
+
+class Plan(NamedTuple):
+    """What would be sent."""
+
+    files: dict[str, bytes | Path]  # name -> content
+    title: str  # of the commit; names the content
+
+    def listing(self) -> str:
+        """A line for each file, with its size."""
+        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in self.files.items()}
+        return "\n".join(f"  {name}  {size:,} bytes" for name, size in sizes.items())
+
+
+def plan(model: Path, repo: str) -> Plan:
+    """Read a model folder; its card is told where it will be.
+
+    Raises: RecipeError if the folder holds no model, or something that does not belong to one.
+    """
+    inside = sorted(model.iterdir()) if model.is_dir() else []
+    names = [file.name for file in inside]
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
+    if odd := [file.name for file in inside if file.is_symlink() or not file.is_file()]:
+        raise RecipeError(f"{model}: {', '.join(odd)} is no plain file, and nothing is sent; push a folder of plain files.")
+    files: dict[str, bytes | Path] = {file.name: file for file in inside}
+    if "README.md" in files:
+        files["README.md"] = (model / "README.md").read_text("utf-8").replace('"PATH"', f'"{repo}"').encode()
+    digest = hashlib.sha256()
+    for name, data in files.items():
+        if isinstance(data, bytes):
+            inner = hashlib.sha256(data)
+        else:
+            with data.open("rb") as file:
+                inner = hashlib.file_digest(file, "sha256")
+        digest.update(f"{name}\0{inner.hexdigest()}\0".encode())
+    return Plan(files, f"Encoder by mmssl, {digest.hexdigest()[:16]}")
+
+
+def push(model: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
+    """Send a model folder, unless the newest commit there is of the same content.
+
+    Files of an earlier export that this one does not have are removed in the same commit; what else is there stays.
+
+    Args:
+        repo: ORG/NAME; made if it does not exist.
+        private: of a new repository; one that exists stays as it is.
+        endpoint: address of the Hub; that of HF_ENDPOINT or the public one if None.
+    Returns: address of the model.
+    Raises: RecipeError for what the user can mend, MmsslError if the Hub fails.
+    """
+    content = plan(model, repo)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise RecipeError(f"{repo!r} is no name on the Hub; write ORG/NAME, such as my-lab/my-encoder.")
+    if not (token := get_token()):
+        raise RecipeError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+    api = HfApi(endpoint=endpoint, token=token)
+    for wait in (*WAITS, None):
+        try:
+            _send(api, content, repo, private)
+            return f"{api.endpoint}/{repo}"
+        except HFValidationError as error:
+            raise RecipeError(f"{repo}: {error}") from None
+        except OfflineModeIsEnabled:
+            raise RecipeError("HF_HUB_OFFLINE is set, and nothing can be sent; unset it.") from None
+        except Exception as error:  # the client's transport has errors of its own, which differ between its versions
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in HELP:
+                raise RecipeError(f"{repo}: {HELP[HTTPStatus(status)]}. Nothing was changed.") from None
+            final = wait is None or (status is not None and status < 500 and status != HTTPStatus.PRECONDITION_FAILED)
+            if final or not (status or _is_transport(error)):
+                raise _failed(repo, content, error) from None
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _send(api: HfApi, content: Plan, repo: str, private: bool) -> None:
+    """One try. It begins with a look at what is there: the answer to an earlier one may have been lost."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    there = api.repo_info(repo)
+    commits = api.list_repo_commits(repo)
+    if commits and commits[0].title == content.title:
+        return
+    old = [file.rfilename for file in there.siblings or ()]
+    stale = [n for n in old if n not in content.files and any(fnmatch(n, pattern) for pattern in EXPORTED)]
+    api.create_commit(
+        repo,
+        [*(CommitOperationAdd(n, data) for n, data in content.files.items()), *(CommitOperationDelete(n) for n in stale)],
+        commit_message=content.title,
+        parent_commit=there.sha,  # another who writes meanwhile makes this fail, and be tried again
+    )
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether a connection failed, under whatever name the client's transport gives it."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
+
+
+def _failed(repo: str, content: Plan, error: Exception) -> MmsslError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return MmsslError(
+        f"{repo}: the Hub could not be written: {reason}. The same command tries again. What is there is the old model, or all "
+        f"of the new one if its last commit says {content.title!r}."
+    )
