@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
@@ -13,7 +15,7 @@ from mmssl.model.encoder import Encoder
 from mmssl.model.mask_token import MaskToken
 from mmssl.parts import Center, DinoHead, Network, Teacher
 from mmssl.schedules import Schedule, cosine, linear
-from mmssl.types import Batch, Clock, StepOutput
+from mmssl.types import Batch, Clock, Encoded, StepOutput
 
 
 class IBOT(JointEmbedding):
@@ -38,6 +40,7 @@ class IBOT(JointEmbedding):
         hidden: AtLeast1 = 2048,
         bottleneck: AtLeast1 = 256,
         layers: AtLeast1 = 3,
+        head_norm: bool = False,
         unit_gain: bool = False,
         freeze_epochs: Natural = 1,
         temperature: Above0 = 0.1,
@@ -46,14 +49,17 @@ class IBOT(JointEmbedding):
         center_momentum: float = 0.9,
         momentum: Schedule = cosine(0.996, 1.0),
     ):
-        """teacher_temperature, patch_temperature: of the teacher's distributions of views and of patches."""
+        """teacher_temperature, patch_temperature: of the teacher's distributions of views and of patches.
+
+        head_norm: batch normalisation in the head, views apart from patches, for short runs of narrow heads.
+        """
         super().__init__()
         for name, each in {"teacher_temperature": teacher_temperature, "patch_temperature": patch_temperature}.items():
             if min(each.start, each.end) <= 0:
                 raise ValueError(f"{name}: from {each.start} to {each.end}, must be above 0")
-        head = DinoHead(encoder.dim, prototypes, hidden, bottleneck, layers, False, unit_gain, freeze_epochs)
+        head = DinoHead(encoder.dim, prototypes, hidden, bottleneck, layers, head_norm, unit_gain, freeze_epochs)
         self.student = Network(encoder=encoder, projector=head)  # one head for views and patches
-        self.teacher = Teacher(self.student, momentum, lag=1)
+        self.teacher = Teacher(self.student, momentum, batch_stats=True, lag=1)
         self.mask_token = MaskToken(encoder.features, "zeros")
         self.center, self.patch_center = Center(prototypes, center_momentum), Center(prototypes, center_momentum)
         self.temperature = temperature
@@ -76,8 +82,8 @@ class IBOT(JointEmbedding):
         sharp = self.teacher_temperature(clock)
         views = losses.dino(logits, targets, self.center.value, self.temperature, sharp)
 
-        guesses = self.student.project(torch.cat([one.tokens for one in seen]))  # (2B, L, K)
-        tokens = self.teacher.project(torch.cat([one.tokens for one in whole]))
+        guesses = self._project(self.student, seen)  # (2B, L, K)
+        tokens = self._project(self.teacher, whole)
         keen = self.patch_temperature(clock)
         patches = losses.ibot_tokens(guesses, tokens, self.patch_center.value, hidden, self.temperature, keen)
 
@@ -95,3 +101,9 @@ class IBOT(JointEmbedding):
             self.center.update(one)
         self.patch_center.update(tokens.flatten(0, 1))  # hidden or not
         return self.output({"views": views, "patches": patches}, h[0], centred, **health)
+
+    @staticmethod
+    def _project(network: Network | Teacher, views: Sequence[Encoded]) -> Tensor:
+        """Tokens of all views, as one batch of samples: its normalisation is over all of them."""
+        tokens = torch.cat([view.tokens for view in views])
+        return network.project(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])

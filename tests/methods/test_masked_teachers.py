@@ -27,6 +27,7 @@ SAMPLES, EPOCH = 12, 2  # of the data set, and updates of a pass
 PIXELS = {"patch_size": 1, "image_size": 4, "palette": 5, "positions": "learned"}
 MODELS = {
     "ibot": {"pooling": "cls"},
+    "ibot-normed": {"pooling": "cls"},
     "msn": {"pooling": "cls"},
     "ijepa": {"extra_tokens": 0},
     "mp3": {"positions": "none", "extra_tokens": 0},
@@ -41,6 +42,7 @@ OPTIONS = {
     "igpt": {},
     "igpt-hidden": {"predict": "hidden"},
 }
+OPTIONS["ibot-normed"] = OPTIONS["ibot"] | {"head_norm": True}
 NAMES = sorted(OPTIONS)
 
 
@@ -68,7 +70,7 @@ def masks(name):
     draw = torch.Generator().manual_seed(2)
     if name == "msn":
         return Mask.of(uniform(16, SAMPLES, 0.5, draw))
-    if name == "ibot":
+    if name.startswith("ibot"):
         return Mask.replacing(torch.rand(SAMPLES, 16, generator=draw) < torch.arange(SAMPLES)[:, None] % 3 * 0.2)
     mask = Mask.of(uniform(16, SAMPLES, 0.6, draw))
     return mask._replace(wanted=torch.stack([mask.rest[:, :4], mask.rest[:, 3:7]], 1))
