@@ -237,7 +237,7 @@ def test_t30_no_mutated_tensor_file_crashes_or_is_taken_for_the_saved_one(tmp_pa
     step = checkpoint.save(tmp_path, 1, saved, {}, keep=1)
     file, draw, outcomes = step / "model.safetensors", random.Random(0), []
     original, sound = file.read_bytes(), (step / checkpoint.MANIFEST).read_text()
-    for _ in range(1000):
+    for _ in range(5000):
         broken = mutated(original, draw)
         file.write_bytes(broken)
         assert (checkpoint.problem(step) is None) == (broken == original)  # the hash tells
@@ -250,7 +250,7 @@ def test_t30_no_mutated_tensor_file_crashes_or_is_taken_for_the_saved_one(tmp_pa
             outcomes.append("same form" if form(loaded) == form(saved["model"]) else "other form")
             assert sum(t.numel() * t.element_size() for t in loaded.values()) <= len(broken)
         (step / checkpoint.MANIFEST).write_text(sound)
-    assert outcomes.count("refused") > 200
+    assert outcomes.count("refused") > 1000
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
