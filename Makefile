@@ -31,6 +31,7 @@ soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed fil
 
 bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
 	$(BIN)/python -m tools.bench masks
+	$(BIN)/python -m tools.bench visible
 	$(BIN)/python -m tools.bench claim
 
 clean:
