@@ -85,7 +85,7 @@ def push(model: Path, repo: str, private: bool = True, endpoint: str | None = No
     if not (token := get_token()):
         raise RecipeError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     api = HfApi(endpoint=endpoint, token=token)
-    for wait in (*WAITS, None):
+    for wait in (*WAITS, 0.0):
         try:
             _send(api, content, repo, private)
             return f"{api.endpoint}/{repo}"
@@ -97,7 +97,7 @@ def push(model: Path, repo: str, private: bool = True, endpoint: str | None = No
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in HELP:
                 raise RecipeError(f"{repo}: {HELP[HTTPStatus(status)]}. Nothing was changed.") from None
-            final = wait is None or (status is not None and status < 500 and status != HTTPStatus.PRECONDITION_FAILED)
+            final = not wait or (status is not None and status < 500 and status != HTTPStatus.PRECONDITION_FAILED)
             if final or not (status or _is_transport(error)):
                 raise _failed(repo, content, error) from None
             time.sleep(wait)
@@ -107,7 +107,7 @@ def push(model: Path, repo: str, private: bool = True, endpoint: str | None = No
 def _send(api: HfApi, content: Plan, repo: str, private: bool) -> None:
     """One try. It begins with a look at what is there: the answer to an earlier one may have been lost."""
     api.create_repo(repo, private=private, exist_ok=True)
-    there = api.repo_info(repo)
+    there = api.model_info(repo)
     commits = api.list_repo_commits(repo)
     if commits and commits[0].title == content.title:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from math import isclose
 from pathlib import Path
 
 from mmssl.training import checkpoint
@@ -82,5 +83,5 @@ def resumed(place: Path, run: Path, whole: Whole) -> str | None:
     if child.code:
         return f"resume: exit {child.code}: {child.said()}"
     found = curve(run)
-    apart = [step for step, loss in whole.curve.items() if abs(found.get(step, 0) - loss) > 1e-4 * abs(loss)]
+    apart = [step for step, loss in whole.curve.items() if not isclose(found.get(step) or 0.0, loss or 0.0, rel_tol=1e-4)]
     return f"resumed from {before}, the loss at {apart[0]} differs" if apart else None
