@@ -164,9 +164,10 @@ def test_a_model_arrives_in_one_commit_with_a_card_that_knows_where(hub, model):
 def test_files_of_an_earlier_export_go_and_those_of_users_stay(hub, model, tmp_path):
     (model / "modeling_mmssl.py").write_text("old")
     push(model, REPO, endpoint=hub.url)
-    hub.repos[REPO]["commits"][-1]["files"]["LICENSE"] = b"mine"
+    mine = {"LICENSE", "adapter_model.safetensors", "special_tokens.md"}
+    hub.repos[REPO]["commits"][-1]["files"] |= dict.fromkeys(mine, b"mine")
     push(write(tmp_path / "next", b"second"), REPO, endpoint=hub.url)
-    assert {*hub.files()} == {".gitattributes", "LICENSE", "README.md", "config.json", "model.safetensors"}
+    assert {*hub.files()} == mine | {".gitattributes", "README.md", "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("how", [500, "cut", "lost"])

@@ -16,13 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from mmssl.errors import MmsslError, RecipeError
 
 WAITS = (1.0, 5.0)  # seconds before another try; the client itself tries most calls several times
-EXPORTED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "modeling_mmssl.py",
-    "*processor_config.json",
-    "*token*",
-)  # not of users
+# What an export writes, and no user adds; an adapter's weights beside the model's are not of these.
+EXPORTED = ("model*.safetensors", "model.safetensors.index.json", "modeling_mmssl.py", "preprocessor_config.json",
+            "processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 HELP = {
     HTTPStatus.UNAUTHORIZED: "the token is not accepted; log in with `hf auth login`, or set HF_TOKEN",
     HTTPStatus.FORBIDDEN: "the token may not write there; take one with write access, and an ORG that you belong to",
