@@ -77,7 +77,8 @@ def strike(child: Child, run: Path, whole: Whole, saving: bool, draw: random.Ran
     if not saving and draw.random() < 0.3:
         child.wait(after(draw.uniform(0, whole.startup)))
         return child.kill()
-    target = draw.randint(max(curve(run), default=0), STEPS - 1)
+    at = min(max(curve(run), default=0), STEPS - 1)  # all steps are there if it was killed in its last save
+    target = draw.randint(at, STEPS - 1)
     child.wait(lambda: max(curve(run), default=0) >= target and bool(curve(run)))
     if saving:
         child.wait(lambda: writing(run))
