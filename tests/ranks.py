@@ -1,5 +1,6 @@
 """Two processes for a test."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch", "mmssl.methods", "modalities.vision"]  # by a server that has computed nothing, from which ranks fork
+
 
 def on_two_ranks(function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
     """What `function(rank, *args)` returns on each of two processes of a gloo group, each with one thread.
@@ -17,8 +20,9 @@ def on_two_ranks(function: Callable[..., Any], *args: Any, folder: Path) -> list
         function: one of a module, so that the processes can import it. Arguments and result go through pickle.
         folder: to meet in, such as `tmp_path`; a second call may name the same.
     """
+    multiprocessing.set_forkserver_preload(PRELOADED)
     place = tempfile.mkdtemp(dir=folder)
-    mp.spawn(_work, (function, args, place), nprocs=2)
+    mp.start_processes(_work, (function, args, place), nprocs=2, start_method="forkserver")
     return [torch.load(f"{place}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mmssl.training.launch import check_deepspeed
 from mmssl.training.limits import Limits
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
+from mmssl.training.order import SameOrder
 from mmssl.training.retention import Retention
 from mmssl.training.signals import Interrupted
 from mmssl.training.state import load_optimizer_state
@@ -255,7 +257,8 @@ class SelfSupervisedTrainer(Trainer):
         weight = self.weights[self.micro] if self.weights else None
         self.micro += 1
         self.samples += len(inputs["index"])
-        with self.compute_loss_context_manager():
+        first = self.state.global_step == self.start and self.micro == 1
+        with self.compute_loss_context_manager(), SameOrder(self.objective, self.args.device) if first else nullcontext():
             out = model(inputs, keys, self.clock)
         if weight is not None:
             out = {name: value if name.startswith("health/") else value * weight for name, value in out.items()}
