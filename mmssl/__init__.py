@@ -42,17 +42,18 @@ def pretrain(recipe: Any, **overrides: Any):
     """Train an encoder.
 
     Args:
-        recipe: a YAML file, the name of a shipped recipe, or a `Recipe`.
+        recipe: a YAML file, the name of a shipped recipe, or a `Recipe` (of several kinds of data, what `load_recipe` gives).
         overrides: recipe keys with `__` for the dot (`optim__lr=1e-3`), and `overwrite=True` or `resume=True`.
     Returns: the run folder (a Path); `model/` in it is the encoder.
     """
-    from mmssl.config import Recipe
+    from mmssl.config import load_recipe
+    from mmssl.config.recipe import Settings
     from mmssl.training.pretrain import pretrain as run
 
     how = {name: overrides.pop(name) for name in ("overwrite", "resume") if name in overrides}
-    if isinstance(recipe, Recipe) and overrides:
+    if isinstance(recipe, Settings) and overrides:
         raise TypeError(f"overrides belong to Recipe.load, this recipe is checked already: {', '.join(overrides)}")
-    return run(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, **overrides), **how)
+    return run(recipe if isinstance(recipe, Settings) else load_recipe(recipe, **overrides), **how)
 
 
 when_transformers_loads()

@@ -16,9 +16,9 @@ OPTIONS = {"json": (bool, False, "print JSON")}
 def run(arguments: list[str]) -> int:
     """`mmssl check RECIPE`."""
     given = parse(arguments, ("RECIPE",), OPTIONS, overrides=True)
-    from mmssl.config import Recipe
+    from mmssl.config import load_recipe
 
-    recipe = Recipe.load(given["recipe"], *given["overrides"])
+    recipe = load_recipe(given["recipe"], *given["overrides"])
     from mmssl.training.check import check
 
     facts = check(recipe)

@@ -15,9 +15,9 @@ OPTIONS = {"overwrite": (bool, False, "remove an earlier run in the same folder 
 def run(arguments: list[str]) -> int:
     """`mmssl pretrain RECIPE`."""
     given = parse(arguments, ("RECIPE",), OPTIONS, overrides=True)
-    from mmssl.config import Recipe
+    from mmssl.config import load_recipe
 
-    recipe = Recipe.load(given["recipe"], *given["overrides"])
+    recipe = load_recipe(given["recipe"], *given["overrides"])
     from mmssl.training.outcome import finish
     from mmssl.training.pretrain import pretrain
 

@@ -15,7 +15,7 @@ OPTIONS = {"allow_changed": (str, "", "keys or blocks of the recipe that may dif
 def run(arguments: list[str]) -> int:
     """`mmssl resume RUN`."""
     given = parse(arguments, ("RUN",), OPTIONS, overrides=True)
-    from mmssl.config import Recipe, read_yaml
+    from mmssl.config import check_recipe, read_yaml
     from mmssl.config.reading import apply_override
     from mmssl.errors import RecipeError
     from mmssl.training.run_folder import RunFolder
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     raw = read_yaml(folder.config)
     for text in given["overrides"]:
         apply_override(raw, text)
-    recipe = Recipe.check({**raw, "out": str(given["run"])}, str(folder.config))
+    recipe = check_recipe({**raw, "out": str(given["run"])}, str(folder.config))
     from mmssl.training.outcome import finish
     from mmssl.training.pretrain import pretrain
 

@@ -2,6 +2,7 @@
 
 from mmssl.config.blocks import DataOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
 from mmssl.config.chosen import options_of
+from mmssl.config.joint import JointRecipe, check_recipe, load_recipe
 from mmssl.config.messages import CHOICES, explain, nearest, told
 from mmssl.config.reading import (
     ALIASES,
@@ -15,7 +16,7 @@ from mmssl.config.reading import (
     recipe_root,
     shipped_recipes,
 )
-from mmssl.config.recipe import Recipe, keyed, recipe_class
+from mmssl.config.recipe import Recipe, Settings, keyed, recipe_class
 
 __all__ = [
     "ALIASES",
@@ -23,17 +24,21 @@ __all__ = [
     "MAX_BYTES",
     "MAX_DEPTH",
     "DataOptions",
+    "JointRecipe",
     "OptimOptions",
     "Options",
     "Recipe",
     "SaveOptions",
+    "Settings",
     "TrainOptions",
     "WatchOptions",
     "apply_override",
+    "check_recipe",
     "dump_value",
     "explain",
     "find_recipe",
     "keyed",
+    "load_recipe",
     "nearest",
     "options_of",
     "parse_yaml",

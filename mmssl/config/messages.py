@@ -45,6 +45,9 @@ def explain(issue: Any, model: type[BaseModel]) -> str:
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     """Names of the options at that place: of a block, or of a dataclass inside one, perhaps in a union."""
     for step in (part for part in location if not isinstance(part, int)):
+        if typing.get_origin(model) is dict:  # of blocks by name
+            model = typing.get_args(model)[1]
+            continue
         fields = _fields(model)
         if step not in fields:
             return []

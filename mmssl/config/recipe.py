@@ -23,24 +23,49 @@ from mmssl.registry import modality
 if TYPE_CHECKING:
     from mmssl.methods.method import Method
     from mmssl.model.configuration import MmsslConfig
+    from mmssl.model.transformer import Transformer
+
+
+MODALITIES = "modalities"  # block of recipes for several kinds of data, see mmssl/config/joint.py
+BLOCKS = ("out", MODALITIES, "data", "model", "method", "views", "optim", "train", "watch", "save")
 
 
 def _block(kind: type[Options]) -> Any:
     return Field(default_factory=kind)
 
 
-class Recipe(Options):
-    """A whole run. `model`, `method` and `views` take the options of the chosen method and modality."""
+class Settings(Options):
+    """What every run has, whatever it learns from."""
 
     out: str | None = Field(None, description="Run folder; runs/NAME if unset.")
-    data: DataOptions
-    model: Options
-    method: Options
-    views: Options
     optim: OptimOptions = _block(OptimOptions)
     train: TrainOptions = _block(TrainOptions)
     watch: WatchOptions = _block(WatchOptions)
     save: SaveOptions = _block(SaveOptions)
+
+    @property
+    def members(self) -> dict[str, Recipe]:
+        """Name -> what is learned from one kind of data; the name is empty where there is only one."""
+        raise TypeError(f"{type(self).__name__} defines no members")
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        found = self.model_dump(mode="json")
+        return yaml.safe_dump({name: found[name] for name in BLOCKS if name in found}, sort_keys=False)
+
+
+class Recipe(Settings):
+    """A whole run. `model`, `method` and `views` take the options of the chosen method and modality."""
+
+    data: DataOptions
+    model: Options
+    method: Options
+    views: Options
+
+    @property
+    def members(self) -> dict[str, Recipe]:
+        """Itself."""
+        return {"": self}
 
     @model_validator(mode="after")
     def _length(self) -> Recipe:
@@ -62,17 +87,23 @@ class Recipe(Options):
             more: the same as keywords, with `__` for the dot.
         Raises: RecipeError with all errors, each with key, finding and mend.
         """
-        file = find_recipe(path)
-        raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
-        for text in (*overrides, *(f"{name.replace('__', '.')}={dump_value(value)}" for name, value in more.items())):
-            apply_override(raw, text)
-        return cls.check(raw, str(path))
+        return cls.check(read_recipe(path, *overrides, **more), str(path))
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
         """Validate a plain dict. Raises: RecipeError."""
+        recipe, problems = cls.found(raw)
+        if problems or recipe is None:
+            raise refused(where, problems)
+        return recipe
+
+    @classmethod
+    def found(cls, raw: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+        """The recipe of a plain dict, if it can be read as one, and all that is wrong with it."""
         from mmssl.methods import METHODS
 
+        if MODALITIES in raw:
+            return None, [f"{MODALITIES}: this recipe is for several kinds of data, and is asked for one"]
         if isinstance(raw.get("data"), str):
             raw["data"] = {"path": raw["data"]}
         problems = []
@@ -102,10 +133,7 @@ class Recipe(Options):
             recipe = _without(raw, [issue["loc"] for issue in error.errors()], chosen)
         if recipe is not None and known and found and recipe.wrapped == wrapped:  # else its block is not that of its encoder
             problems += recipe.conflicts()
-        if problems or recipe is None:
-            listing = "\n".join(f"  {line}" for line in dict.fromkeys(problems))
-            raise RecipeError(f"{where} has {len(set(problems))} error{'s' * (len(set(problems)) > 1)}:\n{listing}")
-        return recipe
+        return recipe, problems
 
     def configure(self) -> None:
         """Write the model options that the views decide, such as the size of a vocabulary, into `model`; and those of the
@@ -213,8 +241,12 @@ class Recipe(Options):
     def _view_options(self) -> dict[str, Any]:
         return {name: getattr(self.views, name) for name in type(self.views).model_fields}
 
-    def build(self) -> Method:
-        """The trainable module, without probes. Weights depend on `train.seed` alone; works under `torch.device("meta")`."""
+    def build(self, trunk: Transformer | None = None) -> Method:
+        """The trainable module, without probes. Weights depend on `train.seed` alone; works under `torch.device("meta")`.
+
+        Args:
+            trunk: whose blocks the encoder uses instead of its own.
+        """
         import torch
 
         from mmssl.methods import METHODS
@@ -223,11 +255,26 @@ class Recipe(Options):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(self.train.seed, "init"))
             options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "name"}
-            return METHODS[self.method.name](self._encoder(), **options)  # type: ignore[attr-defined]
+            encoder = self._encoder()
+            if trunk is not None:
+                encoder.transformer.share(trunk)
+            return METHODS[self.method.name](encoder, **options)  # type: ignore[attr-defined]
 
-    def dump(self) -> str:
-        """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+def refused(where: str, problems: list[str]) -> RecipeError:
+    """All that is wrong, each once."""
+    lines = [*dict.fromkeys(problems)]
+    listing = "\n".join(f"  {line}" for line in lines)
+    return RecipeError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n{listing}")
+
+
+def read_recipe(path: str | Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    """A recipe as a plain dict, with what is overridden; see `Recipe.load`. Raises: RecipeError."""
+    file = find_recipe(path)
+    raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
+    for text in (*overrides, *(f"{name.replace('__', '.')}={dump_value(value)}" for name, value in more.items())):
+        apply_override(raw, text)
+    return raw
 
 
 def keyed(block: str, error: ValueError) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
@@ -86,7 +88,7 @@ class Quarantine:
         bad, seen = own[0] if bad is None else bad, own[1] if seen is None else seen
         return bad > max(self.least, self.share * seen)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """`seen`, `bad`, `kinds` (count of each kind found) and `first` (at most ten names with their reasons)."""
         bad, seen = self.totals()
         kinds = {kind: n for kind, n in zip(Rejected.kinds, self._counts[:, 1:].sum(0).tolist()) if n}
@@ -97,8 +99,8 @@ class Quarantine:
         """The sentence for a DataError, with the totals given or this rank's own."""
         own, found = self.totals(), self.summary()
         bad, seen = own[0] if bad is None else bad, own[1] if seen is None else seen
-        kinds = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["kinds"].items())  # type: ignore[attr-defined]
-        names = "".join(f"\n  {name}" for name in found["first"])  # type: ignore[attr-defined]
+        kinds = ", ".join(f"{n} {kind.replace('_', ' ')}" for kind, n in found["kinds"].items())
+        names = "".join(f"\n  {name}" for name in found["first"])
         return (
             f"data: {bad} of {seen} samples cannot be used ({kinds or 'none'}); tolerated are {self.least} (data.min_bad) "
             f"or a share of {self.share:g} (data.max_bad), whichever is more."
@@ -131,6 +133,29 @@ class Quarantine:
                 os.close(file)
         except OSError as error:
             raise storage_error(error, self.path) or error from None
+
+
+class Quarantines(Quarantine):
+    """Those of several kinds of data, counted together; each goes on by itself."""
+
+    def __init__(self, members: Sequence[Quarantine]):
+        """Tolerates as many as they do together, or the largest of their shares."""
+        super().__init__(members[0].path, max(one.share for one in members), sum(one.least for one in members))
+        self.members = members
+
+    def totals(self) -> tuple[int, int]:
+        """As of one."""
+        bad, seen = zip(*(one.totals() for one in self.members))
+        return sum(bad), sum(seen)
+
+    def summary(self) -> dict[str, Any]:
+        """As of one."""
+        each = [one.summary() for one in self.members]
+        kinds = Counter[str]()
+        for one in each:
+            kinds.update(one["kinds"])
+        first = [name for one in each for name in one["first"]][:NAMES]
+        return {"seen": self.totals()[1], "bad": self.totals()[0], "kinds": dict(kinds), "first": first}
 
 
 def _slot() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mmssl.config import Recipe
 from mmssl.registry import modality
 
@@ -11,6 +13,29 @@ LOADERS = {  # keyword of the model -> what prepares its input
     "input_features": ("AutoFeatureExtractor", "wave, sampling_rate=16_000"),
     "input_ids": ("AutoTokenizer", "text"),
 }
+
+
+def joint_card(names: Sequence[str], recipe: str, metrics: dict[str, float], step: int | None) -> str:
+    """Markdown for a folder that holds an encoder for each of several kinds of data."""
+    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
+    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
+    folders = "".join(f"* `{name}/`\n" for name in names)
+    length = f"{step} updates" if step else "an unknown number of updates"
+    return f"""---
+library_name: transformers
+tags: [self-supervised, multimodal]
+---
+
+# Encoders of {", ".join(names)} with one transformer
+
+Trained together without labels by mmssl, {length}. Each folder is a model of its own, with a card that says how to load it:
+
+{folders}{table}
+## Recipe
+
+```yaml
+{recipe}```
+"""
 
 
 def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None, architecture: str = "MmsslModel") -> str:

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,22 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from mmssl.config import Recipe
+from mmssl.config import Recipe, Settings
 from mmssl.errors import RecipeError
 from mmssl.files import umask
-from mmssl.hub.card import card
+from mmssl.hub.card import card, joint_card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
 from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.modeling import MmsslModel
-from mmssl.model.transformer import DEEPEST
+from mmssl.model.transformer import DEEPEST, SHARED
 from mmssl.redaction import redact
 from mmssl.registry import Modality, modalities, modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
+STUDENT = re.escape(STEMS["student"])
 
 
 def export_encoder(
@@ -85,6 +86,44 @@ def export_encoder(
     return path
 
 
+def export_encoders(
+    recipe: Settings,
+    views: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    path: Path,
+    which: str | None = None,
+    metrics: dict[str, float] | None = None,
+    step: int | None = None,
+) -> Path:
+    """As `export_encoder`; of several kinds of data a folder for each, in one that appears whole or not at all."""
+    if isinstance(recipe, Recipe):
+        return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
+    try:
+        for name, member in recipe.members.items():
+            own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
+            export_encoder(member, views[name], tensors_of(name, [*recipe.members], tensors), aside / name, which, own, step)
+        (aside / "README.md").write_text(redact(joint_card([*recipe.members], recipe.dump(), metrics or {}, step)))
+        aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
+        replace_folder(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return path
+
+
+def tensors_of(member: str, names: list[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has."""
+    each = {
+        name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
+        for name in names
+    }
+    own = each[member]
+    stems = [stem for stem in STEMS.values() if any(n.startswith(stem) for n in own)]
+    trunk = tuple(f"{stem}transformer.{part}." for stem in stems for part in SHARED)
+    return {n: t for others in reversed(each.values()) for n, t in others.items() if n.startswith(trunk)} | own
+
+
 def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
     """Config and weights of the same encoder in transformers; None if it has no class of that structure."""
     if not config.backbone:
@@ -108,7 +147,7 @@ def _own(config: MmsslConfig) -> MmsslModel:
 
 def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
     """What a run trained beside the encoder (decoder, heads, other network), so that anyone can go on from it."""
-    rest = {n.removeprefix("method."): t for n, t in tensors.items() if not n.startswith(STEMS["student"])}
+    rest = {n.removeprefix("method."): t for n, t in tensors.items() if not re.match(rf"(members\.\w+\.)?{STUDENT}", n)}
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".tmp-heads-{secrets.token_hex(4)}"
     save_file(rest, aside, {"format": "pt"})

@@ -75,6 +75,10 @@ class Method(nn.Module):
         """All parts, in the order they were named."""
         return [module for module in self.modules() if isinstance(module, Part)]
 
+    def health(self, clock: Clock) -> dict[str, float]:
+        """What the parts say of themselves; a collective."""
+        return {name: value for part in self.parts() for name, value in part.health(clock).items()}
+
     def judge(self, health: Mapping[str, float]) -> list[str]:
         """In words, what is not normal in a logged line with `health/<metric>` values."""
         found = []

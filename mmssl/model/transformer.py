@@ -14,6 +14,7 @@ Activation = Literal["gelu", "gelu_tanh", "gelu_quick"]  # by the error function
 NormKind = Literal["layer", "rms"]  # rms: neither means nor offsets, arXiv:1910.07467
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 WIDEST, DEEPEST = 1 << 17, 1024  # a typing error must not ask for a petabyte
+SHARED = ("prenet", "blocks", "norm")  # of a transformer, by encoders of several kinds of data
 
 
 class DropPath(nn.Module):
@@ -181,6 +182,11 @@ class Transformer(nn.Module):
         self.input_dropout = nn.Dropout(0.0 if normed else input_dropout)
         self.prenet, self.blocks = nn.ModuleList(blocks[:prenet_depth]), nn.ModuleList(blocks[prenet_depth:])
         self.norm = NORMS[norm_kind](dim, eps) if norm == "pre" else nn.Identity()
+
+    def share(self, other: Transformer) -> None:
+        """Use the blocks and the last norm of another from now on; extra tokens and what is done to the input stay its own."""
+        for name in SHARED:
+            setattr(self, name, getattr(other, name))
 
     def forward(
         self, x: Tensor, collect: Literal["ffn", "block"] | None = None, bias: Tensor | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmssl.distributed import all_sum, is_partitioned, owned_slice, share_slices
 from mmssl.model.encoder import Encoder
 from mmssl.model.norm import is_batch_norm
+from mmssl.model.transformer import SHARED
 from mmssl.parts.network import Network
 from mmssl.parts.part import Part
 from mmssl.schedules import Schedule
@@ -51,6 +52,7 @@ class Teacher(Part):
         if any(is_partitioned(p) for p in student.parameters()):
             raise ValueError("The teacher must be copied before the student is partitioned.")
         self.momentum, self.lag, self.shares = momentum, lag, features == "share"
+        self.elsewhere: tuple[str, ...] = ()  # what of the network another teacher averages, see `follow`
         self.copied = ("encoder.features.",) * (features == "copy") + ("encoder.positions.",) * (positions == "copy")
         memo: dict[int, Any] = {id(student.encoder.features): nn.Identity()} if self.shares else {}
         network = copy.deepcopy(student, memo).requires_grad_(False).eval()
@@ -97,6 +99,15 @@ class Teacher(Part):
         """As `Network.project_all`."""
         return self.network.project_all(h)
 
+    def follow(self, other: Teacher) -> None:
+        """Use the trunk that another teacher averages from now on; for students that share theirs."""
+        self.network.encoder.transformer.share(other.network.encoder.transformer)
+        self.elsewhere = tuple(f"encoder.transformer.{name}." for name in SHARED)
+
+    def _own(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Those by name that no other teacher keeps."""
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.elsewhere)}
+
     def _tau(self, clock: Clock) -> float:
         return self.momentum(clock._replace(step=max(clock.step - self.lag, 0)))
 
@@ -126,7 +137,7 @@ class Teacher(Part):
     def after_step(self, clock: Clock) -> None:
         """Move towards the student by 1 - tau; frozen weights are copied, and buffers unless they follow its own passes."""
         tau = self._tau(clock)
-        own = dict(self.network.named_parameters())
+        own = self._own(dict(self.network.named_parameters()))
         split = []
         teacher_slices, student_slices = [], []
         for name, parameter in self.student.named_parameters():
@@ -149,11 +160,12 @@ class Teacher(Part):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({f"{prefix}network.{name}": tensor for name, tensor in self.network.state_dict().items()})
+        mine = self._own(self.network.state_dict())
+        destination.update({f"{prefix}network.{name}": tensor for name, tensor in mine.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         missing, unexpected, errors = rest[2:5]
-        mine = self.network.state_dict()
+        mine = self._own(self.network.state_dict())
         for name, tensor in mine.items():
             saved = state_dict.get(f"{prefix}network.{name}")
             if saved is None:
@@ -179,13 +191,8 @@ class Teacher(Part):
         twin = type(self).__new__(type(self))
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        twin.momentum, twin.lag, twin.shares, twin.copied, twin.kept = (
-            self.momentum,
-            self.lag,
-            self.shares,
-            self.copied,
-            self.kept,
-        )
+        for name in ("momentum", "lag", "shares", "copied", "kept", "elsewhere"):
+            setattr(twin, name, getattr(self, name))
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin

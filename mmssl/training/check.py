@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.errors import RecipeError
 from mmssl.training.pretrain import prepare
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -31,7 +31,7 @@ class Stopwatch(SelfSupervisedTrainer):
         control.should_training_stop = len(self.times) > UPDATES
 
 
-def check(recipe: Recipe) -> dict[str, Any]:
+def check(recipe: Settings) -> dict[str, Any]:
     """Decode samples, make four updates, measure the last three.
 
     Returns: parameters, samples, losses, seconds a step, samples a second, peak memory in MiB, hours for the whole run.
@@ -44,16 +44,17 @@ def check(recipe: Recipe) -> dict[str, Any]:
         trainer: Any = run.trainer
     if len(trainer.times) < 2:
         raise RecipeError("train.steps: check needs a run of at least two updates to time one.")
+    facts = [member.source.facts for member in run.members]
     (begin, before), *_, (end, after) = trainer.times
     step = (end - begin) / (len(trainer.times) - 1)
     cuda = run.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     losses = {n: float(v) / trainer.terms for n, v in trainer.sums.items() if n.startswith("loss")} if trainer.terms else {}
     return {
-        "data": f"{run.source.facts.get('path')}, {run.source.facts.get('count', 'unknown number of')} samples",
+        "data": "; ".join(f"{one.get('path')}, {one.get('count', 'unknown number of')} samples" for one in facts),
         "unreadable": run.quarantine.summary(),
         "trained_parameters": sum(p.numel() for p in run.objective.method.parameters() if p.requires_grad),
-        "encoder_parameters": sum(p.numel() for p in run.objective.method.student.parameters()),
+        "encoder_parameters": sum(p.numel() for p in {p for m in run.members for p in m.method.student.parameters()}),
         "updates": run.steps,
         **{name: round(value, 4) for name, value in losses.items()},
         "seconds_per_update": round(step, 4),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmssl.config import Recipe, read_yaml
+from mmssl.config import check_recipe, read_yaml
 from mmssl.errors import CheckpointError, RecipeError
-from mmssl.hub.export import export_encoder
+from mmssl.hub.export import export_encoders
 from mmssl.training import checkpoint
 from mmssl.training.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ def export(run: str | Path, to: str | Path | None = None, which: str | None = No
         raise RecipeError(f"which: found {which!r}, allowed are student and teacher.")
     if which is not None and to is None:
         raise RecipeError("to: missing; RUN/model keeps the recommended encoder, name another folder for a chosen network.")
-    recipe = Recipe.check(read_yaml(folder.config), str(folder.config))
+    recipe = check_recipe(read_yaml(folder.config), str(folder.config))
     newest = checkpoint.newest_or_fail(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{run} holds no checkpoint yet; the first is written after save.every updates.")
@@ -35,4 +35,5 @@ def export(run: str | Path, to: str | Path | None = None, which: str | None = No
     if target.exists() and target != folder.model and not (target.is_dir() and not any(target.iterdir())):
         raise RecipeError(f"to: {target} exists and is no empty folder. Choose another with to=FOLDER.")
     metrics = state.get("metrics", {})
-    return export_encoder(recipe, recipe.build_views(), tensors["model"], target, which, metrics, int(state["step"]))
+    views = {name: member.build_views() for name, member in recipe.members.items()}
+    return export_encoders(recipe, views, tensors["model"], target, which, metrics, int(state["step"]))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.data.sampler import check_batch
 from mmssl.distributed import all_sum
 from mmssl.errors import RecipeError
@@ -29,9 +29,10 @@ T = TypeVar("T")
 DDP_SECONDS = 4 * 3600
 
 
-def out(recipe: Recipe) -> Path:
+def out(recipe: Settings) -> Path:
     """The run folder."""
-    return Path(recipe.out or f"runs/{recipe.method.name}")  # type: ignore[attr-defined]
+    name = "-".join(dict.fromkeys(member.method.name for member in recipe.members.values()))  # type: ignore[attr-defined]
+    return Path(recipe.out or f"runs/{name}")
 
 
 def launched() -> int:
@@ -39,7 +40,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Settings) -> TrainingArguments:
     """Arguments of the Trainer; making them joins the process group.
 
     Raises: RecipeError for launch settings that contradict each other.
@@ -94,7 +95,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         log_level="error",
         ignore_data_skip=True,
         remove_unused_columns=False,
-        dataloader_num_workers=recipe.data.workers,
+        dataloader_num_workers=0,  # loaders are our own
     )
     if arguments.n_gpu > 1:
         print("mmssl: note: one process uses one GPU; start one for each with accelerate launch --multi_gpu.", file=sys.stderr)
@@ -164,7 +165,7 @@ def main_first(make: Callable[[], T], args: TrainingArguments) -> T | None:
     return made
 
 
-def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
+def batch_split(recipe: Settings, processes: int) -> tuple[int, int]:
     """Samples of a micro-batch and micro-batches of an update on each rank. Raises: RecipeError if they do not divide."""
     share = recipe.train.global_batch // processes
     micro = recipe.train.micro_batch or max(share, 1)
@@ -172,7 +173,7 @@ def batch_split(recipe: Recipe, processes: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_deepspeed(config: dict[str, Any], recipe: Recipe) -> None:
+def check_deepspeed(config: dict[str, Any], recipe: Settings) -> None:
     """Refuse a DeepSpeed file that would silently train otherwise than the recipe says. Raises: RecipeError.
 
     accelerate writes `gradient_clipping: 1.0` where the key is missing, and both have an opinion about precision.

@@ -1,15 +1,18 @@
-"""The one module that is trained: a method, and a linear probe that cannot disturb it."""
+"""The one module that is trained: a method and a linear probe that cannot disturb it, or several on a shared trunk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.distributed import all_sum
+from mmssl.distributed import all_sum, rank, world
+from mmssl.methods.joint import Joint
 from mmssl.methods.method import Method
+from mmssl.random import row_keys
 from mmssl.types import Batch, Clock
 
 # The probe's gradients must not weigh in the norm that DeepSpeed clips by. Adam is blind to the scale of a loss.
@@ -51,13 +54,15 @@ class Objective(nn.Module):
     Args:
         method: what is learned.
         classes: if above 0, a linear classifier learns from detached embeddings; it has no influence on the encoder.
+        ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
+        scale: what the loss is multiplied by, but not its terms, as they are logged.
     """
 
     accepts_loss_kwargs = False  # the Trainer must divide the loss by the number of micro-batches itself
 
-    def __init__(self, method: Method, classes: int = 0):
+    def __init__(self, method: Method, classes: int = 0, ragged: bool = False, scale: float = 1.0):
         super().__init__()
-        self.method = method
+        self.method, self.ragged, self.scale = method, ragged, scale
         dim = method.student.encoder.dim
         self.standardise = Standardise(dim)
         self.probe = nn.Linear(dim, classes) if classes else None
@@ -72,12 +77,14 @@ class Objective(nn.Module):
         clock: Clock | None = None,
         describe: bool = False,
         rebuild: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Losses, or without a clock the embeddings of the first view.
 
         Args:
             tensors: a flat batch, see `Batch.tensors`, perhaps with `label` (B,) int64, -1 = unknown.
-            keys: one a row, see `random.row_keys`. Dropout is seeded by the first.
+            keys: one a row, see `keys`. Dropout is seeded by the first.
+            weights: what this micro-batch counts in its update, under the name "".
         Returns: `total`, the scalar to differentiate; `loss`, the method's sum; `loss/<part>`, `health/<metric>`.
             Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, and, with a
             probe, `logits` (B, classes). With `describe`: only `described` (B, F), see `Method.describe`.
@@ -96,7 +103,7 @@ class Objective(nn.Module):
         if keys:
             torch.manual_seed(keys[0])
         losses, health, embedding = self.method(batch, clock)
-        loss = torch.stack([term.float() for term in losses.values()]).sum()
+        loss = self.scale * torch.stack([term.float() for term in losses.values()]).sum()
         out = {"total": loss, "loss": loss.detach()}
         out |= {f"loss/{name}": term.detach() for name, term in losses.items()}
         out |= {f"health/{name}": value.detach() for name, value in health.items()}
@@ -104,4 +111,111 @@ class Objective(nn.Module):
             logits, labels = self.probe(self.standardise(embedding.float())), tensors["label"]
             known = (labels >= 0).sum().clamp(min=1)  # a batch without any label adds zero, not NaN
             out["total"] = loss + PROBE_SCALE * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
+        if weights:
+            out = {name: value if name.startswith("health/") else value * weights[""] for name, value in out.items()}
         return out
+
+    @property
+    def probes(self) -> list[nn.Linear]:
+        """Linear classifiers that learn along."""
+        return [] if self.probe is None else [self.probe]
+
+    def keys(self, tensors: dict[str, Tensor], seed: int, step: int, micro: int) -> tuple[int, ...]:
+        """What seeds the draws of a micro-batch of this rank, see `random.row_keys`."""
+        return row_keys(seed, step, micro, len(tensors["index"]), rank(), world())
+
+    def indices(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """ "" -> (B,) the samples of a flat batch."""
+        return {"": tensors["index"]}
+
+    def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """ "" -> () how many terms a micro-batch has, if that differs; see `Method.terms`."""
+        found = self.method.terms(Batch.from_tensors(tensors)) if self.ragged else None
+        return {} if found is None else {"": found}
+
+
+class JointObjective(nn.Module):
+    """The objectives of several kinds of data in a single forward; all ranks go through all of them in the same order.
+
+    The tensors of a flat batch, and all that comes out, are called MEMBER.NAME.
+
+    Args:
+        members: built on encoders that share a trunk.
+    """
+
+    accepts_loss_kwargs = False
+    probe = None
+
+    def __init__(self, members: Mapping[str, Objective]):
+        super().__init__()
+        self.members = nn.ModuleDict(dict(members))
+        method = Joint({name: objective.method for name, objective in members.items()})
+        object.__setattr__(self, "method", method)  # the same modules under other names: not registered twice
+        self.method: Joint
+        self.ragged = any(objective.ragged for objective in members.values())
+
+    def forward(
+        self,
+        tensors: dict[str, Tensor],
+        keys: Mapping[str, Sequence[int]] | None = None,
+        clock: Clock | None = None,
+        rebuild: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """As `Objective.forward`: of all members with a clock, where `loss` is the sum of theirs; of the only one that the
+        batch is of otherwise, or with `rebuild`, and then without a name before what comes out.
+        """
+        own, keys = self.split(tensors), keys or {}
+        if clock is None or rebuild:
+            ((name, part),) = own.items()
+            return self._member(name)(part, keys.get(name, ()), clock, rebuild=rebuild)
+        out: dict[str, Tensor] = {}
+        sums = {}
+        for name in self.members:
+            weight = {"": weights[name]} if weights and name in weights else None
+            found = self._member(name)(own[name], keys[name], clock, weights=weight)
+            for each in ("total", "loss"):
+                sums.setdefault(each, []).append(found.pop(each))
+            out |= {inside(each, name): value for each, value in found.items()}
+        return {each: torch.stack(parts).sum() for each, parts in sums.items()} | out
+
+    def _member(self, name: str) -> Objective:
+        found: Any = self.members[name]
+        return found
+
+    def split(self, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Member -> its part of a flat batch."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            member, _, rest = name.partition(".")
+            found.setdefault(member, {})[rest] = tensor
+        return found
+
+    @property
+    def probes(self) -> list[nn.Linear]:
+        """Linear classifiers that learn along."""
+        return [probe for name in self.members for probe in self._member(name).probes]
+
+    def keys(self, tensors: dict[str, Tensor], seed: int, step: int, micro: int) -> dict[str, tuple[int, ...]]:
+        """Those that each member would have if it were alone."""
+        return {name: self._member(name).keys(part, seed, step, micro) for name, part in self.split(tensors).items()}
+
+    def indices(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Member -> (B,) its samples."""
+        return {name: part["index"] for name, part in self.split(tensors).items()}
+
+    def terms(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Member -> () how many terms its micro-batch has, for those where that differs."""
+        each = {name: self._member(name).terms(part) for name, part in self.split(tensors).items()}
+        return {name: found[""] for name, found in each.items() if found}
+
+
+def inside(metric: str, member: str) -> str:
+    """A metric's name in a run of several kinds of data: `loss/tokens` of vision is `loss/vision.tokens`."""
+    kind, _, rest = metric.partition("/")
+    return f"{kind}/{member}.{rest}" if member else metric
+
+
+def called(tensors: dict[str, Tensor], member: str) -> dict[str, Tensor]:
+    """A flat batch as the part of a member in a run of several kinds of data."""
+    return {f"{member}.{name}": tensor for name, tensor in tensors.items()} if member else tensors

@@ -16,7 +16,7 @@ from mmssl.lars import Lars
 from mmssl.methods.method import Method
 from mmssl.parts import Part
 from mmssl.schedules import Schedule, constant, cosine
-from mmssl.training.objective import PROBE_SCALE, Objective
+from mmssl.training.objective import PROBE_SCALE, JointObjective, Objective
 from mmssl.types import Clock
 
 PROBE_LR = 5e-3
@@ -53,7 +53,9 @@ def schedule(options: OptimOptions, batch: int | None = None, epochs: float | No
     )
 
 
-def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    objective: Objective | JointObjective, options: OptimOptions, rate: Schedule | None = None
+) -> list[dict[str, Any]]:
     """Groups of the method's parameters by what decays, has a rate of its own or may stand still, and the probe's group.
 
     By `decay: matrices` only weights of linear, convolutional and embedding layers and prototypes decay: cls tokens, biases,
@@ -95,8 +97,8 @@ def parameter_groups(objective: Objective, options: OptimOptions, rate: Schedule
         decay = _decay(options) if decayed else constant(0.0)
         group = {"params": params, "role": "method", "adapt": decayed, "weight_decay": decay.start, "decay": decay}
         groups.append(group | {"factor": factor, "own_rate": factor * rate.start if steady else None, "module": module})
-    if objective.probe is not None:
-        groups.append(_probe_group(objective.probe, options))
+    if objective.probes:
+        groups.append(_probe_group(objective.probes, options))
     return groups
 
 
@@ -104,10 +106,10 @@ def layer_share(name: str, decay: float, method: Method) -> float:
     """Share of the rate of a parameter: decay for the last block of the student's trunk, its square for the one before, and so
     on; 1 for all that is in no block, as in data2vec's fine-tuning.
     """
-    found = re.match(r"student\.encoder\.transformer\.blocks\.(\d+)\.", name)
+    found = re.match(r"((?:members\.\w+\.)?student\.encoder\.transformer\.blocks)\.(\d+)\.", name)
     if decay == 1 or found is None:
         return 1.0
-    return decay ** (len(method.get_submodule("student.encoder.transformer.blocks")) - int(found[1]))  # type: ignore[arg-type]
+    return decay ** (len(method.get_submodule(found[1])) - int(found[2]))  # type: ignore[arg-type]
 
 
 def _below(name: str, parts: Sequence[str]) -> bool:
@@ -121,18 +123,26 @@ def _decay(options: OptimOptions) -> Schedule:
     return cosine(options.weight_decay, options.weight_decay_end)
 
 
-def _probe_group(probe: nn.Linear, options: OptimOptions) -> dict[str, Any]:
+def _probe_group(probes: Sequence[nn.Linear], options: OptimOptions) -> dict[str, Any]:
     """With a rate of its own, without decay or adaptation.
 
     For SGD and its relatives the rate undoes the scale of the loss, to which Adam is blind; over D it keeps softmax regression
     on D standardised features stable however they correlate (curvature at most D / 2).
     """
-    rate = PROBE_LR if options.name == "adamw" else 1 / (PROBE_SCALE * probe.in_features)
-    group = {"params": list(probe.parameters()), "role": "probe", "adapt": False, "weight_decay": 0.0, "eps": 1e-12}
+    rate = PROBE_LR if options.name == "adamw" else 1 / (PROBE_SCALE * probes[0].in_features)
+    group = {
+        "params": [p for probe in probes for p in probe.parameters()],
+        "role": "probe",
+        "adapt": False,
+        "weight_decay": 0.0,
+        "eps": 1e-12,
+    }
     return group | {"decay": constant(0.0), "factor": 1.0, "own_rate": rate, "module": None}
 
 
-def build_optimizer(objective: Objective, options: OptimOptions, rate: Schedule | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    objective: Objective | JointObjective, options: OptimOptions, rate: Schedule | None = None
+) -> torch.optim.Optimizer:
     """The optimizer over the groups; rates and decay are written into them before each update, see `set_rates`."""
     groups = parameter_groups(objective, options, rate)
     if options.name == "adamw":

@@ -19,8 +19,8 @@ class SameOrder:
     """While it is open, ranks agree on each module before one of them runs it.
 
     Where they do not, ZeRO-3 waits for ever, and DDP, ZeRO-1 and ZeRO-2 may add gradients of one parameter to those of another
-    without a word. Each agreement is a small collective, so this is for the first micro-batch of a run. What `train.compile` has
-    compiled is left out with all that is below it: hooks would be compiled in.
+    without a word. Each agreement is a small collective, so this is for the first micro-batch of a run. What `train.compile`
+    has compiled is left out with all that is below it: hooks would be compiled in.
 
     Raises: RankError naming the first module that is not the same, on all ranks; nothing hangs.
     """
@@ -56,7 +56,7 @@ class SameOrder:
         names = gather_objects(name)
         other = next(rank for rank, theirs in enumerate(names) if theirs != names[0])
         raise RankError(
-            f"Rank {other} comes to {names[other]} where rank 0 comes to {names[0]}: all ranks must run the same modules in the "
-            "same order, or gradients of different weights are mixed. Let the forward of the method depend on nothing that "
+            f"Rank {other} comes to {names[other]} where rank 0 comes to {names[0]}: all ranks must run the same modules in "
+            "the same order, or gradients of different weights are mixed. Let the forward of the method depend on nothing that "
             "differs between ranks; what has no data on one of them runs on a dummy whose loss is multiplied by 0."
         )

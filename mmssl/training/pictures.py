@@ -13,6 +13,7 @@ from mmssl.evaluate.features import Sets
 from mmssl.methods import Method
 from mmssl.random import row_keys
 from mmssl.registry import Modality, Views
+from mmssl.training.objective import Objective, called
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Rebuilt
@@ -26,29 +27,35 @@ class Pictures:
     They are of the split that probes classify, if there is one of its own, and otherwise of the data that are learned from.
     """
 
-    def __init__(self, source: Source, sets: Sets | None, kind: Modality, views: Views, folder: RunFolder, seed: int):
+    def __init__(
+        self, source: Source, sets: Sets | None, kind: Modality, views: Views, folder: RunFolder, seed: int, member: str = ""
+    ):
+        self.member = member  # name of the kind of data, where a run has several
         test = None if sets is None or sets.name == "heldout" else sets.test
         self.held = None if test is None else test.data
         self.source, self.kind, self.views, self.folder, self.seed = source, kind, views, folder, seed
         self.batch: dict[str, torch.Tensor] = {}
 
-    def draw(self, trainer: SelfSupervisedTrainer) -> None:
+    def draw(self, trainer: SelfSupervisedTrainer, objective: Objective) -> None:
         """A collective, since weights may be sharded. Nothing if the method rebuilds nothing, or nothing that can be drawn."""
-        method = trainer.objective.method
+        method = objective.method
         if self.kind.draw is None or type(method).rebuild is Method.rebuild or not self._samples():
             return
         self.batch = self.batch or self._batch()
         model: Any = trainer.model_wrapped
         was_training = model.training
         model.eval()
-        keys = row_keys(self.seed, 0, 0, len(self.batch["index"]), 0, 1)
+        keys: Any = row_keys(self.seed, 0, 0, len(self.batch["index"]), 0, 1)
+        keys = {self.member: keys} if self.member else keys
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            found = model(trainer._prepare_inputs(self.batch), keys, trainer.clock, rebuild=True)
+            found = model(trainer._prepare_inputs(called(self.batch, self.member)), keys, trainer.clock, rebuild=True)
         model.train(was_training)
         if self.folder.is_main and found:
             rebuilt = Rebuilt(**{name: tensor.cpu() for name, tensor in found.items()})
             picture = self.kind.draw(rebuilt, self.views, method.student.encoder.features)
-            path = self.folder.path / "report" / f"rebuilt-{trainer.state.global_step:07d}.png"
+            path = (
+                self.folder.path / "report" / f"{self.member and f'{self.member}-'}rebuilt-{trainer.state.global_step:07d}.png"
+            )
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
 

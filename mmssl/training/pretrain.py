@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection
-from itertools import islice
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mmssl import stage
-from mmssl.config import Recipe
-from mmssl.data.dataset import KeyedDataset, start_worker
-from mmssl.data.loading import Restarting
-from mmssl.data.quarantine import Quarantine
-from mmssl.data.sources import open_source
+from mmssl.config import JointRecipe, Recipe, Settings
+from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
-from mmssl.hub.export import load_weights
 from mmssl.parts import Teacher
-from mmssl.registry import Modality, Views, modality
-from mmssl.training.batches import PassByPass, identity, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import launched, main_first, out, training_arguments
-from mmssl.training.objective import Objective
+from mmssl.training.member import Member, Together
+from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.outcome import leave, record_failure
 from mmssl.training.peers import Peers
-from mmssl.training.pictures import Pictures
-from mmssl.training.probes import Probes, describe
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
 from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.saving import Proof, has_saved, load_run, reopen, rewind, save_run
 from mmssl.training.signals import Signals
-from mmssl.training.survey import Survey, as_recipe_error, check_method, survey
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.training.watchdog import Watchdog
-from mmssl.types import Clock
 
 
-def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allow_changed: Collection[str] = ()) -> Path:
+def pretrain(recipe: Settings, overwrite: bool = False, resume: bool = False, allow_changed: Collection[str] = ()) -> Path:
     """Train as the recipe says.
 
     Args:
@@ -67,7 +56,7 @@ def pretrain(recipe: Recipe, overwrite: bool = False, resume: bool = False, allo
 
 
 def prepare(
-    recipe: Recipe,
+    recipe: Settings,
     overwrite: bool = False,
     resume: bool = False,
     trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
@@ -79,7 +68,6 @@ def prepare(
     peers, at = Peers(), out(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    kind = modality(recipe.data.modality)
     folder: RunFolder | None = None
 
     def opened() -> RunFolder:
@@ -89,13 +77,10 @@ def prepare(
 
     with Signals(lambda _: leave(folder, peers)):
         try:
-            # All this before the folder: a wrong path leaves no trace.
-            views = as_recipe_error("views", recipe.build_views)
-            data = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split))
-            check_method(recipe, data.source, views)
+            members = [Member(name, one, args) for name, one in recipe.members.items()]  # before the folder
             peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
             going_on = resume and has_saved(folder)
-            return Run(recipe, args, kind, views, data, folder, peers, going_on, trainer, allow_changed)
+            return Run(recipe, args, members, folder, peers, going_on, trainer, allow_changed)
         except BaseException as error:
             cause = peers.explain(error)
             if folder is not None:
@@ -110,21 +95,20 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Settings,
         args: TrainingArguments,
-        kind: Modality,
-        views: Views,
-        data: Survey,
+        members: list[Member],
         folder: RunFolder,
         peers: Peers,
         resume: bool = False,
         trainer: type[SelfSupervisedTrainer] = SelfSupervisedTrainer,
         allow_changed: Collection[str] = (),
     ):
-        self.recipe, self.args, self.views, self.folder, self.peers = recipe, args, views, folder, peers
-        self.source = source = data.source
-        self.micro, self.accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        self.epoch_steps = steps_per_epoch(recipe, source, views)
+        self.recipe, self.args, self.folder, self.peers = recipe, args, folder, peers
+        self.members = members
+        alone = members[0] if isinstance(recipe, Recipe) else None
+        # Passes over several data sets are of unlike length; such a run counts as one.
+        self.epoch_steps = alone.epoch_steps if alone else recipe.train.steps or 1
         self.steps = recipe.train.steps or max(1, round((recipe.train.epochs or 1) * self.epoch_steps))
         args.max_steps = self.steps
         whole = -(-self.steps // self.epoch_steps) if recipe.optim.by == "epoch" else self.steps
@@ -135,34 +119,26 @@ class Run:
                 f"mmssl: note: optim.warmup={recipe.optim.warmup}{hold} fill the run of {whole} {recipe.optim.by}s; {reached}.",
                 file=sys.stderr,
             )
-        self.quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
-        if folder.is_main and not resume:  # each rank has surveyed the same samples, and a checkpoint has counted them
-            data.rejected.hand_over(self.quarantine)
-        self.probes = Probes(recipe, kind, views, source.streaming, folder)
-        self.pictures = Pictures(source, self.probes.sets, kind, views, folder, recipe.train.seed)
-        classes, source = self.probes.labels(data)
-        if source.streaming:
-            total = self.steps * self.accumulation
-            self.dataset: Any = None
-            self.stream = lambda first: key_stream(recipe, source, kind, self.views, self.quarantine, self.micro, total, first)
+        self.objective: Objective | JointObjective
+        self.quarantine: Quarantine
+        if isinstance(recipe, JointRecipe):
+            methods, given = recipe.build(), recipe.modalities
+            learned = {m.name: m.learn(methods[m.name], folder, resume, given[m.name].weight) for m in members}
+            self.objective, self.quarantine = JointObjective(learned), Quarantines([m.quarantine for m in members])
         else:
-            self.dataset = KeyedDataset(source, kind, self.views, recipe.train.seed, self.quarantine)
-        method = recipe.build()
-        if not source.streaming:
-            method.attach(source.size, recipe.train.seed)
-        if recipe.model.init and not resume:  # type: ignore[attr-defined]
-            load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
-            for part in method.parts():
-                part.restart()
+            self.objective = members[0].learn(members[0].recipe.build(), folder, resume)
+            self.quarantine = members[0].quarantine
         if recipe.train.compile:
-            encoders = [method.student.encoder, *(part.encoder for part in method.parts() if isinstance(part, Teacher))]
-            for block in (b for e in encoders for b in e.compilable()):
+            parts = self.objective.method.parts()
+            students = [member.method.student.encoder for member in members]
+            encoders = [*students, *(part.encoder for part in parts if isinstance(part, Teacher))]
+            for block in dict.fromkeys(b for e in encoders for b in e.compilable()):
                 block.compile()
-        self.objective = Objective(method, classes)
         tensors, state, found = {}, {}, None
+        streaming = any(member.source.streaming for member in members)
         if resume:
-            tensors, state, found = load_run(self.objective, folder, recipe, source.streaming, allow_changed, self._next_batch)
-        folder.write_identity(recipe.dump(), sys.argv, source.facts)
+            tensors, state, found = load_run(self.objective, folder, recipe, streaming, allow_changed, self._next_batch)
+        folder.write_identity(recipe.dump(), sys.argv, self.facts)
         self.start = int(state.get("step", 0))
         self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)
         self.trainer = trainer(
@@ -180,9 +156,8 @@ class Run:
             state.get("applied", 0),
             tuple(state.get("samples", (0, 0))),
             tensors.get("optimizer"),
-            self.views.ragged,
-            None if self.source.streaming else self._describe,
-            lambda trainer: record(trainer, folder, source, views),
+            alone.describe if alone and not streaming else None,
+            lambda trainer: record(trainer, folder, {member.name: member.place for member in members}),
             self._rewind,
             folder.read_status().get("rollbacks") or 0 if resume else 0,
         )
@@ -192,42 +167,16 @@ class Run:
         if found is not None:
             self.trainer.add_callback(Proof(self.trainer, found))
 
-    def _loader(self, start: int) -> Restarting | PassByPass:
-        """Batches of this rank from update `start` to the end."""
-        workers = self.recipe.data.workers
-        common: dict[str, Any] = {
-            "num_workers": workers,
-            "pin_memory": self.args.device.type == "cuda",
-            "persistent_workers": False,
-            "prefetch_factor": 4 if workers else None,
-            "worker_init_fn": start_worker if workers else None,
-        }
-
-        def restarting(make: Callable[[int], DataLoader]) -> Restarting:
-            return Restarting(make, self.quarantine, self.source.identity)
-
-        if self.source.streaming:
-            begin = start * self.accumulation
-            return restarting(lambda done: DataLoader(self.stream(begin + done), batch_size=None, **common))
-
-        def keyed(first: int, last: int) -> Restarting:
-            keys = key_batches(self.recipe, self.source, self.views, last, first, self._order if self._chooses else None)
-
-            def make(done: int) -> DataLoader:
-                due: Any = islice(keys, done, None) if done else keys
-                return DataLoader(self.dataset, batch_sampler=due, collate_fn=self.dataset.collate, **common)
-
-            return restarting(make)
-
-        return PassByPass(keyed, start, self.steps, self.epoch_steps) if self._chooses else keyed(start, self.steps)
-
     @property
-    def _chooses(self) -> bool:
-        return self.objective.method.chooses
+    def facts(self) -> dict[str, Any]:
+        """What is known of the data."""
+        found = {member.name: member.source.facts for member in self.members}
+        return found.get("", found)
 
-    def _order(self, epoch: int) -> torch.Tensor | None:
-        """The samples of a pass, which the method chooses."""
-        return self.objective.method.order(Clock(epoch * self.epoch_steps, self.steps, epoch))
+    def _loader(self, start: int) -> Iterable[Any]:
+        """Batches of this rank from update `start` to the end."""
+        loaders = {member.name: member.loader(start, self.steps) for member in self.members}
+        return loaders.get("") or Together(loaders)
 
     def launch(self) -> dict[str, Any]:
         """How the run was really started, as seen from inside."""
@@ -276,18 +225,16 @@ class Run:
         record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
     def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
-        self.pictures.draw(trainer)
-        return self.probes.measure(trainer)
-
-    def _describe(self, trainer: SelfSupervisedTrainer) -> torch.Tensor:
-        return describe(trainer, self.source, self.dataset.kind, self.views, self.micro)
+        return {name: value for member in self.members for name, value in member.measure(trainer).items()}
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
-        save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
+        views = {member.name: member.views for member in self.members}
+        save_run(trainer, views, self.folder, self._next_batch(trainer.state.global_step))
 
     def _next_batch(self, step: int) -> str | None:
         """Identity of the update after `step`; None where it is not a function of the data alone."""
-        return None if self.source.streaming or self._chooses else identity(self.recipe, self.source, self.views, step)
+        found = [member.next_batch(step) for member in self.members]
+        return None if None in found else "".join(one or "" for one in found)
 
     def _rewind(self, trainer: SelfSupervisedTrainer, why: MmsslError) -> None:
         rewind(trainer, self.folder, why)

@@ -14,6 +14,7 @@ from mmssl.data.sources import Source
 from mmssl.evaluate import collapse, knn
 from mmssl.evaluate.features import Loaded, PlainSet, Sets, embed, held_out, open_sets
 from mmssl.registry import Modality, Views
+from mmssl.training.objective import Objective, called, inside
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.survey import Survey
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -24,8 +25,9 @@ THIN = 1.5  # effective dimensions of local features below which a run is warned
 class Probes:
     """The sets of `watch`, and what the student makes of them."""
 
-    def __init__(self, recipe: Recipe, kind: Modality, views: Views, streaming: bool, folder: RunFolder):
+    def __init__(self, recipe: Recipe, kind: Modality, views: Views, streaming: bool, folder: RunFolder, member: str = ""):
         self.recipe, self.folder = recipe, folder
+        self.member = member  # name of the kind of data, where a run has several
         self.sets: Sets | None = None
         self.warned = False
         if not streaming or recipe.watch.path:
@@ -47,7 +49,7 @@ class Probes:
         labels[held_out(source, self.recipe.train.seed)] = -1
         return source.classes, source._replace(labels=labels)
 
-    def measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+    def measure(self, trainer: SelfSupervisedTrainer, objective: Objective) -> dict[str, float]:
         """Metrics of the student on the sets of `watch`; a collective. Raises: Interrupted if a rank has heard a signal."""
         if self.sets is None:
             return {}
@@ -58,12 +60,12 @@ class Probes:
         def run(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             trainer.heed()
             inputs = {name: tensor for name, tensor in batch.items() if name not in ("raw", "valid", "label")}
-            return model(trainer._prepare_inputs(inputs))
+            return model(trainer._prepare_inputs(called(inputs, self.member)))
 
         with trainer.compute_loss_context_manager():
             bank = embed(self.sets.train, run)
-            if trainer.objective.probe is not None:
-                trainer.objective.standardise.calibrate(bank["embedding"])
+            if objective.probe is not None:
+                objective.standardise.calibrate(bank["embedding"])
             test = embed(self.sets.test, run) if self.sets.test else None
         model.train(was_training)
         metrics = {
@@ -79,22 +81,25 @@ class Probes:
             )
             if "logits" in test:
                 metrics[f"probe/{name}/linear"] = float((test["logits"].argmax(1) == test["label"]).float().mean())
-        return metrics
+        return {inside(metric, self.member): value for metric, value in metrics.items()}
 
     def warn(self, rank_of_features: float) -> None:
         """Say once that local features degenerate, which neither loss nor the variance of targets shows."""
         if self.warned or not self.folder.is_main or rank_of_features >= THIN:
             return
         self.warned = True
+        where = f"{self.member}: " if self.member else ""
         text = (
-            f"local features use {rank_of_features:.1f} dimensions (health/feature_rankme): the feature encoder may be "
+            f"{where}local features use {rank_of_features:.1f} dimensions (health/feature_rankme): the feature encoder may be "
             "collapsing although targets vary. Lower optim.lr, raise method.momentum, or lengthen optim.warmup."
         )
         logging.getLogger("mmssl").warning(text)
         print(f"mmssl: note: {text}", file=sys.stderr)
 
 
-def describe(trainer: SelfSupervisedTrainer, source: Source, kind: Modality, views: Views, batch: int) -> torch.Tensor:
+def describe(
+    trainer: SelfSupervisedTrainer, source: Source, kind: Modality, views: Views, batch: int, workers: int
+) -> torch.Tensor:
     """(n, F) what the method makes of every sample, in the order of the data set; a collective.
 
     Gone through in a shuffled order: a method may use batch statistics, and folders are sorted by class. Raises: Interrupted
@@ -102,7 +107,7 @@ def describe(trainer: SelfSupervisedTrainer, source: Source, kind: Modality, vie
     """
     order = random.permutation(source.size, trainer.recipe.train.seed, "describe")
     data = PlainSet(source, kind, views, order.tolist())
-    batches = Loaded(data, batch, trainer.recipe.data.workers)
+    batches = Loaded(data, batch, workers)
     model: Any = trainer.model_wrapped
     was_training = model.training
     model.eval()

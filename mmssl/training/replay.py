@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmssl.config import Recipe, read_yaml
+from mmssl.config import Recipe, check_recipe, read_yaml
 from mmssl.data.dataset import KeyedDataset
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import Keys
@@ -33,19 +33,23 @@ from mmssl.types import Clock
 NAMED = 5  # samples that an error names
 
 
-def record(trainer: SelfSupervisedTrainer, folder: RunFolder, source: Source, views: Views) -> str:
+def record(trainer: SelfSupervisedTrainer, folder: RunFolder, members: Mapping[str, tuple[Recipe, Source, Views]]) -> str:
     """Write `replay/step-N.json`, from all ranks. Returns: a sentence about it."""
     recipe, step = trainer.recipe, trainer.state.global_step
     mine = [
-        {"samples": index.tolist(), "losses": {name: number(value) for name, value in terms.items()}}
-        for index, terms in trainer.taken
+        {
+            "samples": {name: index.tolist() for name, index in indices.items()},
+            "losses": {name: number(value) for name, value in terms.items()},
+        }
+        for indices, terms in trainer.taken
     ]
     ranks = gather_objects(mine)
     for micro in (micro for of_rank in ranks for micro in of_rank):
-        micro["names"] = [source.identity(index) for index in micro["samples"]]
+        micro["names"] = [members[name][1].identity(i) for name, indices in micro["samples"].items() for i in indices]
+        micro["samples"] = micro["samples"].get("", micro["samples"])
     length: tuple[int, ...] = ()
-    if source.lengths is not None:
-        length = next(iter(key_batches(recipe, source, views, step, step - 1)))[0][2:]
+    if "" in members and (own := members[""])[1].lengths is not None:
+        length = next(iter(key_batches(*own, step, step - 1)))[0][2:]
     facts = {
         "step": step,
         "applied": trainer.applied,
@@ -70,10 +74,8 @@ def record(trainer: SelfSupervisedTrainer, folder: RunFolder, source: Source, vi
     worst = worst or {"names": [n for of_rank in ranks for m in of_rank for n in m["names"]], "losses": {}}
     losses = "".join(f", {name} {value}" for name, value in worst["losses"].items())
     more = ", ..." if len(worst["names"]) > NAMED else ""
-    return (
-        f" Its batch, {', '.join(worst['names'][:NAMED])}{more}{losses}, is in {path}: "
-        f"`mmssl replay {folder.path} step={step}` tells the loss of each sample."
-    )
+    told = f" Its batch, {', '.join(worst['names'][:NAMED])}{more}{losses}, is in {path}"
+    return f"{told}: `mmssl replay {folder.path} step={step}` tells the loss of each sample." if "" in members else f"{told}."
 
 
 def number(value: Any) -> float | str:
@@ -94,7 +96,12 @@ def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
     """
     folder = RunFolder.open(run)
     facts = read_record(folder, step)
-    recipe = Recipe.check({**read_yaml(folder.config), "out": str(folder.path)}, str(folder.config))
+    recipe = check_recipe({**read_yaml(folder.config), "out": str(folder.path)}, str(folder.config))
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"{folder.path}: learns from several kinds of data, whose batches are not replayed; the records in "
+            f"{folder.replay} name their samples."
+        )
     args, kind = training_arguments(recipe), modality(recipe.data.modality)
     views = recipe.build_views()
     source = survey(recipe, args, kind, views, open_source(recipe.data, kind, recipe.data.split)).source

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.errors import RecipeError
 from mmssl.redaction import redact
 
@@ -19,12 +20,12 @@ FREE = (
 WARNED = ("optim", "train.steps", "train.epochs", "train.precision", "train.compile", "train.micro_batch")
 
 
-def facts(recipe: Recipe) -> dict[str, str]:
+def facts(recipe: Settings) -> dict[str, str]:
     """Every key of a recipe with its value as JSON, without secrets."""
     return {key: redact(json.dumps(value)) for key, value in _leaves(recipe.model_dump(mode="json"))}
 
 
-def check_changes(saved: Mapping[str, str], recipe: Recipe, allowed: Collection[str], aloud: bool = True) -> None:
+def check_changes(saved: Mapping[str, str], recipe: Settings, allowed: Collection[str], aloud: bool = True) -> None:
     """Compare a recipe with the one of the checkpoint; a key that one of them does not know yet is none that changed.
 
     Args:
@@ -33,8 +34,8 @@ def check_changes(saved: Mapping[str, str], recipe: Recipe, allowed: Collection[
     Raises: RecipeError naming what may not change.
     """
     now = facts(recipe)
-    changed = [key for key in now if key in saved and saved[key] != now[key] and not within(key, FREE)]
-    refused = [key for key in changed if not within(key, (*WARNED, *allowed))]
+    changed = [key for key in now if key in saved and saved[key] != now[key] and not _free(key)]
+    refused = [key for key in changed if not within(key, (*WARNED, *allowed)) and not _weighs(key)]
     for key in changed if aloud and not refused else ():
         print(f"mmssl: note: {key} was {saved[key]} when the run was saved, and is {now[key]} from here on.", file=sys.stderr)
     if refused:
@@ -43,6 +44,16 @@ def check_changes(saved: Mapping[str, str], recipe: Recipe, allowed: Collection[
             f"The run was saved under another recipe:\n{listing}\nSet this back in config.yaml, or go on all the same with "
             f"mmssl resume RUN allow_changed={','.join(refused)}."
         )
+
+
+def _free(key: str) -> bool:
+    """Whether a key may change; of a member of several kinds of data, by its name within that."""
+    return within(key, FREE) or within(re.sub(r"^modalities\.\w+\.", "", key), FREE)
+
+
+def _weighs(key: str) -> bool:
+    """Whether a key says what the loss of one kind of data counts, which may change from some update on."""
+    return re.fullmatch(r"modalities\.\w+\.weight", key) is not None
 
 
 def within(key: str, blocks: Collection[str]) -> bool:

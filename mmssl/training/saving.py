@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from mmssl import __version__
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.distributed import all_sum, barrier, gather_objects, world
 from mmssl.errors import CheckpointError, CollapseError, MmsslError, NonFiniteError, RecipeError, StorageError, storage_error
-from mmssl.hub.export import export_encoder, export_heads
+from mmssl.hub.export import export_encoders, export_heads
 from mmssl.registry import Views
 from mmssl.training import checkpoint, resuming
 from mmssl.training.guards import broken
-from mmssl.training.objective import Objective
+from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.run_folder import RunFolder, remove, write_atomic
 from mmssl.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state, restore_model_state
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -45,10 +45,13 @@ def has_saved(folder: RunFolder) -> bool:
     return False
 
 
-def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder, next_batch: str | None = None) -> None:
+def save_run(
+    trainer: SelfSupervisedTrainer, views: Mapping[str, Views], folder: RunFolder, next_batch: str | None = None
+) -> None:
     """Checkpoint and `model/`, written by the main process from whole tensors.
 
     Args:
+        views: of each member of the recipe.
         next_batch: identity of the update that comes next, see `batches.identity`.
     Raises: NonFiniteError if anything of it is not finite; StorageError if the disk is full or read-only for the
         `save.max_failed`th time in a row, or when the run ends. Before that it is said, and the run goes on.
@@ -82,7 +85,7 @@ def save_run(trainer: SelfSupervisedTrainer, views: Views, folder: RunFolder, ne
 
 def _save(
     trainer: SelfSupervisedTrainer,
-    views: Views,
+    views: Mapping[str, Views],
     folder: RunFolder,
     tensors: dict[str, dict[str, torch.Tensor]],
     next_batch: str | None,
@@ -104,16 +107,16 @@ def _save(
         "versions": {"mmssl": __version__, "torch": torch.__version__},
     }
     checkpoint.save(folder.checkpoints, step, tensors, state, recipe.save.keep, also_keep)
-    export_encoder(recipe, views, tensors["model"], folder.model, metrics=trainer.metrics, step=step)
+    export_encoders(recipe, views, tensors["model"], folder.model, metrics=trainer.metrics, step=step)
     export_heads(tensors["model"], folder.heads)
     write_atomic(folder.card, (folder.model / "README.md").read_text("utf-8"))
     folder.status("running", step=step, steps=trainer.steps)
 
 
 def load_run(
-    objective: Objective,
+    objective: Objective | JointObjective,
     folder: RunFolder,
-    recipe: Recipe,
+    recipe: Settings,
     streaming: bool,
     allowed: Collection[str] = (),
     next_batch: Callable[[int], str | None] = lambda _: None,

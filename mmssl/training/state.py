@@ -9,32 +9,38 @@ from torch import Tensor
 
 from mmssl.distributed import full_value, is_partitioned, rank, set_full_value, share_slices
 from mmssl.errors import CheckpointError
-from mmssl.training.objective import Objective
+from mmssl.training.objective import JointObjective, Objective
 
 
 @torch.no_grad()
-def model_state(objective: Objective) -> dict[str, Tensor]:
+def model_state(objective: Objective | JointObjective) -> dict[str, Tensor]:
     """Name -> whole fp32 tensor on the CPU, teacher included; where that is the trained tensor itself, before the next update.
     A collective under ZeRO-3.
     """
-    state = dict(objective.state_dict())
+    state = _each_once(objective.state_dict(keep_vars=True))
     for name, parameter in objective.named_parameters():
         if is_partitioned(parameter):
             state[name] = full_value(parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def load_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
+def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By its first name, what several encoders share."""
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
+
+
+def load_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor]) -> None:
     """In place, before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
-    own = objective.state_dict()
+    own = _each_once(objective.state_dict(keep_vars=True))
     wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
     wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]
     if wrong:
         raise CheckpointError(f"The checkpoint does not fit this recipe's model: {', '.join(sorted(set(wrong))[:5])}.")
-    objective.load_state_dict(saved)
+    objective.load_state_dict(saved, strict=False)  # of what has several names, one is enough
 
 
-def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
+def restore_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor]) -> None:
     """The same while it trains, wrapped or partitioned as it is."""
     split = {name: parameter for name, parameter in objective.named_parameters() if is_partitioned(parameter)}
     if split:
@@ -50,7 +56,7 @@ def restore_model_state(objective: Objective, saved: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
+def optimizer_state(objective: Objective | JointObjective, optimizer: Any) -> dict[str, Tensor]:
     """`name.exp_avg`, `name.step` and so on of every trained parameter, whole, as `model_state`. A collective under ZeRO."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps
     zero, state = _is_zero(inner), {}
@@ -68,7 +74,7 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_optimizer_state(objective: Objective, optimizer: Any, saved: dict[str, Tensor]) -> None:
+def load_optimizer_state(objective: Objective | JointObjective, optimizer: Any, saved: dict[str, Tensor]) -> None:
     """After the engine was built; what it holds is replaced."""
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     zero = _is_zero(inner)

@@ -81,12 +81,18 @@ def as_recipe_error(block: str, make: Callable[[], T]) -> T:
         raise RecipeError(keyed(block, error)) from None
 
 
-def check_method(recipe: Recipe, source: Source, views: Views) -> None:
-    """Whether the method can learn from these data in such batches, found without memory. Raises: RecipeError."""
+def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = True) -> None:
+    """Whether the method can learn from these data in such batches, found without memory. Raises: RecipeError.
+
+    Args:
+        alone: whether these are all data of the run; otherwise it has no passes, as data sets are of unlike length.
+    """
     with torch.device("meta"):
         method = recipe.build()
         if source.streaming:
             check_stream(method, recipe)
+        elif not alone:
+            check_stream(method, recipe, "modalities", "a run of several kinds of data")
         else:
             as_recipe_error("method", lambda: method.attach(source.size, recipe.train.seed))
     sizes = {batch_split(recipe, world())[0] * world()}
@@ -118,18 +124,18 @@ def never_begun(method: Method, steps: int, epoch_steps: int) -> list[str]:
     return found
 
 
-def check_stream(method: Method, recipe: Recipe) -> None:
+def check_stream(method: Method, recipe: Recipe, key: str = "data.streaming", what: str = "a stream") -> None:
     """Whether a method can do without passes over the data and their size. Raises: RecipeError."""
     if method.chooses or method.slots or method.needs_description(Clock()):
-        raise RecipeError("data.streaming: this method keeps something for every sample; it needs data of known size.")
+        raise RecipeError(
+            f"{key}: this method keeps something for every sample; it needs data of known size, gone through alone."
+        )
     for name, module in method.named_modules():
         for key, value in vars(module).items():
             if key in ("freeze_epochs", "queue_from_epoch") and value:
                 where = f", and {name} would never be trained" if key == "freeze_epochs" else ""
-                raise RecipeError(f"method.{key}: {value}, a stream has no passes{where}; set it to 0.")
+                raise RecipeError(f"method.{key}: {value}, {what} has no passes{where}; set it to 0.")
             if isinstance(value, Schedule) and value.by == "epoch" and value.start != value.end:
-                raise RecipeError(
-                    f"method.{key}: changes by the epoch, and a stream has none; set it to a number, or by: step."
-                )
+                raise RecipeError(f"method.{key}: changes by the epoch, and {what} has none; set it to a number, or by: step.")
     if recipe.optim.by == "epoch":
-        raise RecipeError("optim.by: epoch, and a stream has none; set it to step, with warmup and hold in updates.")
+        raise RecipeError(f"optim.by: epoch, and {what} has none; set it to step, with warmup and hold in updates.")

