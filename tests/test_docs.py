@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmssl.config import Recipe, find_recipe, shipped_recipes
+from mmssl.config import JointRecipe, find_recipe, load_recipe, shipped_recipes
 from mmssl.training.launch import batch_split
 from mmssl.training.objective import Objective
 from mmssl.training.optim import parameter_groups, schedule
@@ -31,12 +31,17 @@ def test_generated_documents_are_up_to_date():
 def test_shipped_recipes_are_valid_build_and_are_launched_as_they_say(name):
     text = find_recipe(name).read_text(encoding="utf-8")
     assert f"{name} " in text or f"{name}.yaml" in text  # its command, not that of the file it was copied from
+    whole = load_recipe(name)
+    assert (name.split("/")[0] == "multimodal") == isinstance(whole, JointRecipe)
+    for recipe in whole.members.values():
+        is_right(recipe, int((re.findall(r"num_processes (\d+)", text) or [1])[0]))
+
+
+def is_right(recipe, processes):
     with torch.device("meta"):
-        recipe = Recipe.load(name)
         method = recipe.build()
     assert sum(p.numel() for p in method.parameters() if p.requires_grad) > 0
     parameter_groups(Objective(method), recipe.optim, schedule(recipe.optim, recipe.train.global_batch, recipe.train.epochs))
-    processes = int((re.findall(r"num_processes (\d+)", text) or [1])[0])
     micro, accumulation = batch_split(recipe, processes)
     assert micro * accumulation * processes == recipe.train.global_batch
     assert method.check_batch(micro * processes) == []  # nothing impossible, and nothing to note

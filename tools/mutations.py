@@ -20,7 +20,7 @@ from unittest import mock
 
 import yaml
 
-from mmssl.config import Recipe, find_recipe, read_yaml, shipped_recipes
+from mmssl.config import find_recipe, load_recipe, read_yaml, shipped_recipes
 from mmssl.errors import RecipeError
 
 SECONDS = 120  # in which a recipe must have been judged, however slow the machine
@@ -109,7 +109,7 @@ def wrong(path: Path) -> str | None:
     Views, model and method are built without memory when a recipe is checked.
     """
     try:
-        Recipe.load(path)
+        load_recipe(path)
     except RecipeError as error:
         first, *problems = str(error).splitlines()
         named = all(line.startswith("  ") and ": " in line for line in problems) if " error" in first else not problems

@@ -14,13 +14,16 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from mmssl.config import recipe_class, shipped_recipes
+from mmssl.config.joint import MemberOptions
+from mmssl.config.recipe import BLOCKS
 from mmssl.methods import METHODS
 from mmssl.registry import modalities
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """# Recipes
 
-A recipe is one YAML file of seven blocks. Every key can be set on the command line as `key.sub=value`, the value in YAML;
+A recipe is one YAML file of seven blocks, and `modalities` in front of them where a run learns from several kinds of data, see
+[below](#several-kinds-of-data). Every key can be set on the command line as `key.sub=value`, the value in YAML;
 `1e-3` is a number. `data=X` means `data.path=X`, `method=X` means `method.name=X`, `model=X` means `model.init=X`. Unknown
 keys and wrong types are refused, all at once. `mmssl copy NAME FILE` gives you a shipped recipe to edit;
 [recipe.schema.json](recipe.schema.json), of data2vec 2 on images, serves editors that know JSON Schema. A relative `data.path`
@@ -34,8 +37,20 @@ started. Those for GPUs have not been run on one yet. ZeRO on CPU compiles a sma
 
 ## Shipped recipes
 
-The name is `MODALITY/METHOD-SIZE`. base and large have the published settings, small is for one GPU, demo for two CPU cores;
-others are named after a data set or a backbone.
+The name is `MODALITY/METHOD-SIZE`, or `multimodal/METHOD-SIZE` for several kinds of data in one run. base and large have the
+published settings, small is for one GPU, demo for two CPU cores; others are named after a data set or a backbone.
+
+"""
+SEVERAL = """
+## Several kinds of data
+
+`modalities` names each kind of data that a run learns from, with blocks `data`, `model`, `method`, `views` and `watch` of
+its own; what stands in these blocks beside it holds for all, unless a member says otherwise. The name is also its
+`data.modality` if that is unset. The blocks of the transformer and its last norm are shared, so that `model.hidden_size`,
+`depth`, `heads` and all else that they are made of must agree; features, positions, extra tokens, heads and decoders are
+each member's own. Teachers of equal momentum share their trunk, too. Each update has samples of all members,
+`train.global_batch` of them by their shares; the loss is the sum of theirs, times their weights.
+`recipes/multimodal/data2vec2-demo.yaml` is an example.
 
 """
 HEAD = "| key | type | default | |\n|---|---|---|---|\n"
@@ -48,7 +63,8 @@ def shipped() -> str:
         modality, file = name.split("/")
         method, _, size = file.partition("-")
         found.setdefault(method, {}).setdefault(modality, []).append(size)
-    columns = sorted({modality for sizes in found.values() for modality in sizes}, key=modalities().index)
+    order = [*modalities(), "multimodal"]
+    columns = sorted({modality for sizes in found.values() for modality in sizes}, key=order.index)
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method in sorted(found):
         cells = (", ".join(found[method].get(modality, [])) for modality in columns)
@@ -108,8 +124,8 @@ def documents() -> dict[Path, str]:
     """File -> what it should hold."""
     recipe = recipe_class("data2vec2", "vision")
     text = INTRO + shipped()
-    for block, field in recipe.model_fields.items():
-        model: Any = field.annotation
+    for block in (block for block in BLOCKS if block in recipe.model_fields):
+        model: Any = recipe.model_fields[block].annotation
         if not hasattr(model, "model_fields"):
             continue
         text += f"\n## {block}\n\n"
@@ -129,6 +145,7 @@ def documents() -> dict[Path, str]:
             text += (
                 "\n### model, with a model of transformers (`model.backbone`), images\n\n" + HEAD + "\n".join(wrapped) + "\n"
             )
+    text += SEVERAL + HEAD + "\n".join(rows(MemberOptions, "modalities.NAME.")) + "\n"
     schema = json.dumps(recipe.model_json_schema(), indent=1) + "\n"
     return {ROOT / "docs" / "recipes.md": text, ROOT / "docs" / "recipe.schema.json": schema}
 

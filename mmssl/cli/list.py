@@ -61,7 +61,11 @@ def recipes() -> list[dict[str, Any]]:
     for name in shipped_recipes():
         raw = read_yaml(find_recipe(name))
         length = {key: value for key, value in raw.get("train", {}).items() if key in ("steps", "epochs")}
-        rows.append({"name": name, "modality": raw["data"]["modality"], "method": raw["method"]["name"], **length})
+        several = raw.get("modalities")
+        kind = "+".join(several) if several else raw["data"]["modality"]
+        own = [one.get("method", {}).get("name") for one in (several or {}).values()]
+        methods = dict.fromkeys(one or raw["method"]["name"] for one in own or [None])
+        rows.append({"name": name, "modality": kind, "method": "+".join(methods), **length})
     return rows
 
 

@@ -29,11 +29,11 @@ class MemberOptions(Options):
 
     weight: float = Field(1.0, ge=0, description="What its loss counts; 0: not at all, though it is computed.")
     share: float = Field(1.0, gt=0, description="Part of train.global_batch, against the shares of the others.")
-    data: dict[str, Any] | str = Field(default_factory=dict)
-    model: dict[str, Any] = Field(default_factory=dict)
-    method: dict[str, Any] | str = Field(default_factory=dict)
-    views: dict[str, Any] = Field(default_factory=dict)
-    watch: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] | str = Field(default_factory=dict, description="As above; a path or id alone is enough.")
+    model: dict[str, Any] = Field(default_factory=dict, description="As above, what is this member's own.")
+    method: dict[str, Any] | str = Field(default_factory=dict, description="As above, or another method.")
+    views: dict[str, Any] = Field(default_factory=dict, description="As above.")
+    watch: dict[str, Any] = Field(default_factory=dict, description="As above, such as the path of labelled data.")
 
     @field_validator("data", "model", "method", "views", "watch", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
+from transformers.integrations import deepspeed as integration
 
 from mmssl.config import Settings
 from mmssl.data.sampler import check_batch
@@ -101,6 +102,19 @@ def training_arguments(recipe: Settings) -> TrainingArguments:
         print("mmssl: note: one process uses one GPU; start one for each with accelerate launch --multi_gpu.", file=sys.stderr)
         arguments._n_gpu = 1  # or the Trainer would wrap the model in DataParallel, which splits batches after masks were drawn
     return arguments
+
+
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Models of transformers are made and read whole. In a ZeRO-3 run it would split them over ranks as they come, and a
+    teacher would be a copy of nothing; the engine splits the student later.
+    """
+    held = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = held
 
 
 def import_deepspeed() -> None:

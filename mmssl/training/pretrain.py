@@ -17,7 +17,7 @@ from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.parts import Teacher
-from mmssl.training.launch import launched, main_first, out, training_arguments
+from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.outcome import leave, record_failure
@@ -75,7 +75,7 @@ def prepare(
         folder = peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite))
         return folder
 
-    with Signals(lambda _: leave(folder, peers)):
+    with Signals(lambda _: leave(folder, peers)), unpartitioned():
         try:
             members = [Member(name, one, args) for name, one in recipe.members.items()]  # before the folder
             peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)

@@ -97,7 +97,7 @@ GAINS = {"vision": 0.04, "speech": 0.05, "text": 0.2}  # 57 to 68 %, 34 to 47 %,
 def accuracy(run, samples, labels):
     """Of a linear probe on the student's features, learned from the first 200 samples."""
     encoder = run.trainer.objective.method.student.encoder.eval()
-    parts = [encoder.inspect(run.views.plain(samples[i : i + 50]))[0] for i in range(0, PROBED_BY + TESTED_ON, 50)]
+    parts = [encoder.inspect(run.members[0].views.plain(samples[i : i + 50]))[0] for i in range(0, PROBED_BY + TESTED_ON, 50)]
     features, labels = torch.cat(parts), torch.from_numpy(labels[: PROBED_BY + TESTED_ON])
     return linear_accuracy(features[:PROBED_BY], labels[:PROBED_BY], features[PROBED_BY:], labels[PROBED_BY:])
 

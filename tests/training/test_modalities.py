@@ -237,7 +237,7 @@ def test_a_kind_of_data_that_is_not_there_is_a_mistake_with_its_mend(load, data,
 def test_thin_local_features_are_told_once(load, tmp_path, capsys):
     run = prepare(load("speech", tmp_path / "run"))
     for rank in (3.0, 1.2, 1.1):
-        run.probes.warn(rank)
+        run.members[0].probes.warn(rank)
     told = capsys.readouterr().err
     assert told.count("health/feature_rankme") == 1
     assert "1.2 dimensions" in told

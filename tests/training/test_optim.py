@@ -140,7 +140,7 @@ def test_lars_spares_norms_and_biases_of_a_resnet_and_a_learned_scale(decay):
 
 def stand_in(method):
     """What the optimizer knows of an objective."""
-    return SimpleNamespace(method=method, probe=None)
+    return SimpleNamespace(method=method, probes=[])
 
 
 class Freezing(nn.Linear):

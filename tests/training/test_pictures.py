@@ -181,7 +181,7 @@ def test_sound_and_text_are_drawn_alike_at_each_probe(kind, pack, folder, tmp_pa
 
 @pytest.mark.parametrize(("change", "split"), [("watch.test=test", "test"), ("watch.test=none", None)])
 def test_pictures_show_what_is_not_learned_from_if_there_is_such(change, split, tiny_recipe):
-    pictures = prepare(tiny_recipe(change)).pictures
+    pictures = prepare(tiny_recipe(change)).members[0].pictures
     shown = pictures._batch()["index"]
     assert len(shown) == 8
     if split is None:

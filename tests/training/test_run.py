@@ -234,6 +234,46 @@ def test_two_processes_equal_one_and_take_over_from_each_other(profile, kind, st
     assert curve(moved) == pytest.approx(curve(whole), rel=1e-5)
 
 
+WHOLE = """
+import json, sys
+from mmssl.config import Recipe
+from mmssl.distributed import is_partitioned, rank
+from mmssl.training.pretrain import prepare
+
+place, images, init = sys.argv[1:]
+common = [f"data.path={images}", "data.workers=0", "train.global_batch=4", "train.device=cpu", "watch.linear=false"]
+recipes = {
+    "read": ["vision/data2vec2-demo", f"model.init={init}", "model.depth=2", "model.hidden_size=32", "model.heads=2",
+             "method.top_k=2", "method.decoder={dim: 32, groups: 4, layers: 2}"],
+    "made": ["vision/byol-cifar10-cpu"],
+}
+found = {}
+for name, words in recipes.items():
+    method = prepare(Recipe.load(*words, *common, f"out={place}/{name}")).objective.method
+    students, teachers = (dict(network.named_parameters()) for network in (method.student, method.teacher.network))
+    found[name] = {
+        "whole": not any(is_partitioned(p) for p in students.values()),
+        "sizes": [sum(students[n].numel() for n in teachers), sum(p.numel() for p in teachers.values())],
+    }
+open(f"{place}/found-{rank()}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.distributed
+def test_t09_students_are_whole_when_teachers_are_copied_from_them_under_zero3(whole, images, tmp_path):
+    """B4 and B5: models of transformers that are read from a folder, or made from a config."""
+    if not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
+    (tmp_path / "whole.py").write_text(WHOLE)
+    done = accelerate("cpu2-zero3", str(tmp_path / "whole.py"), str(tmp_path), str(images), str(whole / "model"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        for name, found in json.loads((tmp_path / f"found-{rank}.json").read_text()).items():
+            students, teachers = found["sizes"]
+            assert found["whole"], name
+            assert students == teachers > 10_000, name
+
+
 SRUN = """#!/bin/bash
 # Every task in a process of its own; the first job's time is soon up.
 for ((task = 0; task < SLURM_NTASKS; task++)); do
@@ -542,12 +582,12 @@ def test_samples_without_a_label_count_in_no_probe(images, tmp_path):
 
 def test_the_online_probe_never_sees_the_labels_that_it_is_measured_on(images, tmp_path):
     prepared = prepare(recipe(images / "train", tmp_path / "run"))
-    measured = set(prepared.probes.sets.test.data.indices)
-    labels = prepared.dataset.source.labels
-    assert prepared.probes.sets.name == "heldout"
+    measured = set(prepared.members[0].probes.sets.test.data.indices)
+    labels = prepared.members[0].dataset.source.labels
+    assert prepared.members[0].probes.sets.name == "heldout"
     assert measured
     assert {i for i in range(len(labels)) if labels[i] < 0} == measured
-    assert not measured & set(prepared.probes.sets.train.data.indices)
+    assert not measured & set(prepared.members[0].probes.sets.train.data.indices)
 
 
 def test_a_run_that_stays_non_finite_stops_with_status_4(images, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def measured(monkeypatch):
 
     def use(prepare):
         changed = modality("vision")._replace(prepare=prepare)
-        monkeypatch.setattr("mmssl.training.pretrain.modality", lambda name: changed)
+        monkeypatch.setattr("mmssl.training.member.modality", lambda name: changed)
 
     return use
 
@@ -68,7 +68,7 @@ def test_lengths_reach_the_batches_and_the_views(tiny_recipe, trained, measured,
     least = [min(min(10 + index, 30) for index in update) for update in updates]
     assert told == [length for length, update in zip(least, updates) for _ in update]
     assert run.trainer.samples == sum(map(len, seen))
-    assert run.trainer.ragged is False
+    assert run.objective.ragged is False
 
 
 def test_check_counts_samples_of_unlike_batches(tiny_recipe, measured, monkeypatch):
@@ -124,7 +124,7 @@ def test_probes_see_all_samples_and_no_label_is_learned_that_may_have_moved(tiny
 
     measured(halved)
     moved = prepare(tiny_recipe(f"data.path={image_folder}/train"))  # no test split: a tenth is held out
-    assert (moved.dataset.source.size, len(moved.probes.sets.train.data.source.rows)) == (16, 32)
+    assert (moved.members[0].dataset.source.size, len(moved.members[0].probes.sets.train.data.source.rows)) == (16, 32)
     assert moved.objective.probe is None
     measured(lengths)
     kept = prepare(tiny_recipe(f"data.path={image_folder}/train", f"out={moved.folder.path}-2"))

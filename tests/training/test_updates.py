@@ -83,7 +83,7 @@ def one_update(folder, batches: list[list[int]], ragged: bool = True, method=Non
     )
     lines = []
     trainer = Spy(
-        Objective(method or MeanOverTokens()),
+        Objective(method or MeanOverTokens(), ragged=ragged),
         recipe,
         training_arguments(recipe),
         steps=1,
@@ -93,7 +93,6 @@ def one_update(folder, batches: list[list[int]], ragged: bool = True, method=Non
         probe=lambda _: {},
         save=lambda _: None,
         quarantine=Quarantine(None, 1.0, 0),
-        ragged=ragged,
     )
     trainer.train()
     return trainer, [line for line in lines if "loss" in line]
