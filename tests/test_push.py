@@ -236,8 +236,12 @@ def test_another_who_writes_meanwhile_is_not_overwritten_unseen(hub, model):
 
 
 def test_what_is_no_model_is_refused_before_anything_is_asked(hub, model, tmp_path):
+    (tmp_path / "several" / "speech").mkdir(parents=True)
+    (tmp_path / "several" / "speech" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"holds a model for each of speech; push one, such as .*several/speech\."):
+        plan(tmp_path / "several", REPO)
     with pytest.raises(RecipeError, match=r"holds no model .*mmssl export"):
-        push(tmp_path, REPO, endpoint=hub.url)
+        push(tmp_path / "several" / "speech" / "nothing", REPO, endpoint=hub.url)
     with pytest.raises(RecipeError, match="ORG/NAME"):
         push(model, "encoder", endpoint=hub.url)
     (model / "secrets").symlink_to("/etc/passwd")

@@ -45,6 +45,8 @@ def plan(model: Path, repo: str) -> Plan:
     """
     inside = sorted(model.iterdir()) if model.is_dir() else []
     names = [file.name for file in inside]
+    if several := [file.name for file in inside if (file / "config.json").is_file()]:
+        raise RecipeError(f"{model} holds a model for each of {', '.join(several)}; push one, such as {model / several[0]}.")
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
     if odd := [file.name for file in inside if file.is_symlink() or not file.is_file()]:

@@ -129,7 +129,7 @@ def test_probes_see_all_samples_and_no_label_is_learned_that_may_have_moved(tiny
     measured(lengths)
     kept = prepare(tiny_recipe(f"data.path={image_folder}/train", f"out={moved.folder.path}-2"))
     assert kept.objective.probe is not None
-    assert kept.probes.sets.train.data.source.lengths is None
+    assert kept.members[0].probes.sets.train.data.source.lengths is None
 
 
 @pytest.mark.parametrize("failed", [0.0, 1.0])
