@@ -155,6 +155,11 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast: weights stay fp32.")
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = Field(False, description="torch.compile on each transformer block.")
+    split_teacher: bool = Field(
+        False,
+        description="Each rank keeps its part of a moving average, gathered block by block; for where no rank has memory for a "
+        "whole one. Not with compile.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of a rank; torch's default if unset.")
     log_every: int = Field(10, ge=1, description="Updates between lines of metrics.jsonl.")
     max_skips: int = Field(
@@ -168,6 +173,13 @@ class TrainOptions(Options):
         "saving, probing, describing and in the first update.",
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+    @field_validator("split_teacher")
+    @classmethod
+    def _eager(cls, value: bool, info: Any) -> bool:
+        if value and info.data.get("compile"):
+            raise ValueError("a teacher that is gathered block by block cannot be compiled; leave out train.compile or this")
+        return value
 
 
 class WatchOptions(Options):

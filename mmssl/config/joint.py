@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from mmssl.config.blocks import Options
+from mmssl.config.blocks import Options, WatchOptions
 from mmssl.config.messages import explain, nearest, told
 from mmssl.config.recipe import BLOCKS, MODALITIES, Recipe, Settings, read_recipe, refused
 
 if TYPE_CHECKING:
     from mmssl.methods.method import Method
 
-OWN = ("data", "model", "method", "views")  # blocks that a member may complete; above `modalities` they hold for all
+OWN = ("data", "model", "method", "views")  # blocks that a member may complete; beside `modalities` they hold for all
+PROBED = ("path", "train", "test", "samples", "neighbours", "linear")  # of `watch`, what a member may have of its own
 TRUNK = (  # what the blocks of the shared transformer are made of
     *("hidden_size", "depth", "prenet_depth", "heads", "mlp_ratio", "norm", "norm_eps", "norm_kind", "activation", "causal"),
     *("dropout", "attention_dropout", "drop_path", "layer_drop", "layer_scale"),
@@ -28,7 +29,7 @@ class MemberOptions(Options):
     """One kind of data in a run of several. What is not said here is as above it, for all."""
 
     weight: float = Field(1.0, ge=0, description="What its loss counts; 0: not at all, though it is computed.")
-    share: float = Field(1.0, gt=0, description="Part of train.global_batch, against the shares of the others.")
+    share: float = Field(1.0, ge=0.001, le=1000, description="Part of train.global_batch, against the shares of the others.")
     data: dict[str, Any] | str = Field(default_factory=dict, description="As above; a path or id alone is enough.")
     model: dict[str, Any] = Field(default_factory=dict, description="As above, what is this member's own.")
     method: dict[str, Any] | str = Field(default_factory=dict, description="As above, or another method.")
@@ -85,8 +86,9 @@ class JointRecipe(Settings):
         if recipe is not None and not problems:
             recipe._members = found
             for name, member in recipe.modalities.items():
-                for block in (*OWN, "watch"):
+                for block in OWN:
                     setattr(member, block, getattr(found[name], block).model_dump(mode="json"))
+                member.watch = found[name].watch.model_dump(mode="json", include={*PROBED})
             problems = recipe.conflicts()
         if recipe is None or problems:
             raise refused(where, problems)
@@ -104,7 +106,7 @@ class JointRecipe(Settings):
             unlike = [key for key in TRUNK if getattr(one, key) != getattr(other, key)]
             found += [
                 f"model.{key}: {getattr(one, key)!r} for {first} and {getattr(other, key)!r} for {name}; the transformer that "
-                "they share has one, set it once above `modalities`"
+                "they share has one, set it once beside `modalities`"
                 for key in unlike
             ]
         if not sum(member.weight for member in self.modalities.values()):
@@ -147,9 +149,11 @@ def _alone(
         own["method"] = chosen  # of another method the options mean nothing
     own["train"] = _block(raw, "train") | sizes
     own["watch"] = _block(raw, "watch") | _block(member, "watch")
+    common = [f"{MODALITIES}.{name}.watch.{key}: is for the whole run; set watch.{key}, beside `{MODALITIES}`"
+              for key in _block(member, "watch") if key in WatchOptions.model_fields and key not in PROBED]  # fmt: skip
     found, wrong = Recipe.found({"out": raw.get("out"), **own, **{block: _block(raw, block) for block in ("optim", "save")}})
     mine = re.compile(rf"({'|'.join((*OWN, 'watch'))})\b")
-    return found, [f"{MODALITIES}.{name}.{line}" if mine.match(line) else line for line in wrong]
+    return found, [*common, *(f"{MODALITIES}.{name}.{line}" if mine.match(line) else line for line in wrong)]
 
 
 def _block(raw: dict[str, Any], block: str) -> dict[str, Any]:

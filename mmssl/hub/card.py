@@ -38,8 +38,19 @@ Trained together without labels by mmssl, {length}. Each folder is a model of it
 """
 
 
-def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None, architecture: str = "MmsslModel") -> str:
-    """Markdown with what a reader needs to use the model: origin, training, measurements, the lines that load it."""
+def card(
+    recipe: Recipe,
+    which: str,
+    metrics: dict[str, float],
+    step: int | None,
+    architecture: str = "MmsslModel",
+    beside: Sequence[str] = (),
+) -> str:
+    """Markdown with what a reader needs to use the model: origin, training, measurements, the lines that load it.
+
+    Args:
+        beside: other kinds of data that the transformer was trained on in the same run.
+    """
     from mmssl.methods import METHODS
 
     own = architecture == "MmsslModel"
@@ -58,6 +69,7 @@ def card(recipe: Recipe, which: str, metrics: dict[str, float], step: int | None
     rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
     table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
     length = f"{step} updates" if step else "an unknown number of updates"
+    together = f" Its transformer learned from {' and '.join(beside)} as well; the recipe below is its part." if beside else ""
     return f"""---
 library_name: transformers
 tags: [self-supervised, {recipe.data.modality}, {name}]
@@ -66,7 +78,7 @@ tags: [self-supervised, {recipe.data.modality}, {name}]
 # {recipe.data.modality} encoder, {name}
 
 The {which} of a {name} run ({METHODS[name].paper}), {length} of {recipe.train.global_batch} samples.
-Architecture: {shape}. Trained without labels by mmssl.
+Architecture: {shape}. Trained without labels by mmssl.{together}
 
 ```python
 from transformers import AutoModel, {loader}

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def export_encoder(
     which: str | None = None,
     metrics: dict[str, float] | None = None,
     step: int | None = None,
+    beside: Sequence[str] = (),
 ) -> Path:
     """Write config, weights, processor and card; the folder appears whole or not at all.
 
@@ -53,6 +54,7 @@ def export_encoder(
     Args:
         tensors: the model part of a checkpoint.
         which: student or teacher; the one that the method's paper uses if None.
+        beside: other kinds of data of the run, for the card.
     Raises: RecipeError if the run has no such network.
     """
     which = which or METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
@@ -78,7 +80,7 @@ def export_encoder(
             kind.processor(config, views).save_pretrained(aside)
         except ValueError as error:
             raise RecipeError(str(error)) from None
-        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__)))
+        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__, beside)))
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)
     finally:
@@ -103,7 +105,8 @@ def export_encoders(
     try:
         for name, member in recipe.members.items():
             own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
-            export_encoder(member, views[name], tensors_of(name, [*recipe.members], tensors), aside / name, which, own, step)
+            parts, beside = tensors_of(name, [*recipe.members], tensors), [other for other in recipe.members if other != name]
+            export_encoder(member, views[name], parts, aside / name, which, own, step, beside)
         (aside / "README.md").write_text(redact(joint_card([*recipe.members], recipe.dump(), metrics or {}, step)))
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmssl.distributed import all_sum, is_partitioned, owned_slice, share_slices
+from mmssl.distributed import all_sum, is_partitioned, owned_slice, share_slices, world
 from mmssl.model.encoder import Encoder
 from mmssl.model.norm import is_batch_norm
 from mmssl.model.transformer import SHARED
 from mmssl.parts.network import Network
 from mmssl.parts.part import Part
+from mmssl.parts.split import Split
 from mmssl.schedules import Schedule
 from mmssl.types import Clock, Encoded, View
 
@@ -53,6 +54,7 @@ class Teacher(Part):
             raise ValueError("The teacher must be copied before the student is partitioned.")
         self.momentum, self.lag, self.shares = momentum, lag, features == "share"
         self.elsewhere: tuple[str, ...] = ()  # what of the network another teacher averages, see `follow`
+        self.parts: Split | None = None  # of the weights, if each rank keeps its own
         self.copied = ("encoder.features.",) * (features == "copy") + ("encoder.positions.",) * (positions == "copy")
         memo: dict[int, Any] = {id(student.encoder.features): nn.Identity()} if self.shares else {}
         network = copy.deepcopy(student, memo).requires_grad_(False).eval()
@@ -104,6 +106,18 @@ class Teacher(Part):
         self.network.encoder.transformer.share(other.network.encoder.transformer)
         self.elsewhere = tuple(f"encoder.transformer.{name}." for name in SHARED)
 
+    def split(self) -> None:
+        """Keep only this rank's part of the averaged weights from now on, see `Split`; for networks too large for each rank to
+        have one more. What another teacher averages is split by that one.
+        """
+        if world() > 1 and self.parts is None:
+            self.parts = Split(self.network, [*self._own(dict(self.network.named_parameters()))])
+
+    def _tensors(self) -> dict[str, Any]:
+        """All weights and buffers that are its own, whole; a collective if they are split."""
+        found = self._own(self.network.state_dict())
+        return found if self.parts is None else found | self.parts.whole([*self.parts.parts])
+
     def _own(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Those by name that no other teacher keeps."""
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.elsewhere)}
@@ -118,18 +132,16 @@ class Teacher(Part):
 
     @torch.no_grad()
     def health(self, clock: Clock) -> dict[str, float]:
-        """tau, and the length of both weight vectors (of what is averaged)."""
-        own = dict(self.network.named_parameters())
+        """tau, and the length of both weight vectors (of what is averaged here)."""
+        own = self._own(dict(self.network.named_parameters()))
         squares = torch.zeros(2, dtype=torch.float64, device=next(iter(own.values())).device)
         whole = squares.clone()
+        parts: dict[str, Tensor] = {} if self.parts is None else self.parts.parts
         for name, parameter in self.student.named_parameters():
             if name in own:
-                sums = torch.stack([t.double().square().sum() for t in (own[name], owned_slice(parameter)[1])])
-                if is_partitioned(parameter):
-                    squares += sums * torch.tensor([0.0, 1.0], device=sums.device, dtype=sums.dtype)
-                    whole[0] += sums[0]
-                else:
-                    whole += sums
+                mine, master = parts.get(name, own[name]), owned_slice(parameter).values
+                (squares if name in parts else whole)[0] += mine.double().square().sum()
+                (squares if is_partitioned(parameter) else whole)[1] += master.double().square().sum()
         teacher, student = (whole + all_sum(squares)).sqrt().tolist()
         return {"momentum": self._tau(clock), "teacher_norm": teacher, "student_norm": student}
 
@@ -144,15 +156,20 @@ class Teacher(Part):
             if name not in own:
                 continue
             start, master = owned_slice(parameter)
-            part = own[name].data.view(-1)[start : start + master.numel()]
-            split.append(is_partitioned(parameter))
+            if self.parts is None:
+                part = own[name].data.view(-1)[start : start + master.numel()]
+            else:  # ZeRO-3 cuts in the same places
+                part = self.parts.parts[name]
+                master = master if is_partitioned(parameter) else self.parts.part(master)
+            split.append(is_partitioned(parameter) and self.parts is None)
             if parameter.requires_grad and not name.startswith(self.copied):
                 teacher_slices.append(part)
                 student_slices.append(master)
             else:
                 part.copy_(master)
         torch._foreach_lerp_(teacher_slices, student_slices, 1 - tau)
-        share_slices([p.data for p in own.values()], split)
+        if self.parts is None:
+            share_slices([p.data for p in own.values()], split)
         buffers = dict(self.student.named_buffers())
         for name, mine in self.network.named_buffers():
             if name not in self.kept:
@@ -160,12 +177,12 @@ class Teacher(Part):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        mine = self._own(self.network.state_dict())
+        mine = self._tensors()
         destination.update({f"{prefix}network.{name}": tensor for name, tensor in mine.items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         missing, unexpected, errors = rest[2:5]
-        mine = self._own(self.network.state_dict())
+        mine, fitting = self._tensors(), {}
         for name, tensor in mine.items():
             saved = state_dict.get(f"{prefix}network.{name}")
             if saved is None:
@@ -174,6 +191,9 @@ class Teacher(Part):
                 errors.append(f"{prefix}network.{name} is {tuple(saved.shape)}, expected {tuple(tensor.shape)}")
             else:
                 tensor.copy_(saved)
+                fitting[name] = saved
+        if self.parts is not None:
+            self.parts.load(fitting)
         known = {f"{prefix}network.{name}" for name in mine}
         unexpected += [name for name in state_dict if name.startswith(prefix) and name not in known]
 
@@ -185,13 +205,15 @@ class Teacher(Part):
             return tensor.to(moved.device) if moved.is_floating_point() and moved.dtype.itemsize < 4 else moved
 
         self.network._apply(keep_fp32)
+        if self.parts is not None:
+            self.parts.apply(keep_fp32)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         twin = type(self).__new__(type(self))
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        for name in ("momentum", "lag", "shares", "copied", "kept", "elsewhere"):
+        for name in ("momentum", "lag", "shares", "copied", "kept", "elsewhere", "parts"):
             setattr(twin, name, getattr(self, name))
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))

@@ -138,6 +138,9 @@ class Run:
         streaming = any(member.source.streaming for member in members)
         if resume:
             tensors, state, found = load_run(self.objective, folder, recipe, streaming, allow_changed, self._next_batch)
+        for part in self.objective.method.parts() if recipe.train.split_teacher else ():
+            if isinstance(part, Teacher):
+                part.split()
         folder.write_identity(recipe.dump(), sys.argv, self.facts)
         self.start = int(state.get("step", 0))
         self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)

@@ -313,6 +313,7 @@ def test_there_is_a_model_for_each_kind_of_data(folder, whole, tmp_path):
     card = (whole / "README.md").read_text()
     assert "# Encoders of vision, speech with one transformer" in card
     assert "probe/speech.test/knn" in card
+    assert "learned from speech as well" in (whole / "model/vision/README.md").read_text()
     assert "loss/" not in (whole / "model/vision/README.md").read_text()
     assert "| `probe/test/knn` |" in (whole / "model/vision/README.md").read_text()
 
@@ -345,6 +346,11 @@ def test_probes_and_verdicts_are_told_by_kind_of_data(whole):
         (("modalities.a-b.data.path=x",), r"modalities\.a-b: a name is made of letters"),
         (("train.steps=null", "train.epochs=2"), r"train\.epochs: passes over several data sets are of unlike length"),
         (("optim.lr=-1",), r"optim\.lr: found -1"),
+        (
+            ("modalities.vision.watch.guard={target_std: 0.1}",),
+            r"modalities\.vision\.watch\.guard: is for the whole run; set watch",
+        ),
+        (("modalities.vision.watch.smples=3",), r"modalities\.vision\.watch\.smples: unknown key \(did you mean samples\?\)"),
         (("optim.by=epoch",), r"optim\.by: epoch, and a run of several data sets has none"),
         (("modalities.vision.model={backbone: resnet18}",), r"modalities\.vision\.model\.backbone"),
         (("method.name=data2vec3",), r"modalities\.vision\.method\.name: found 'data2vec3'"),
