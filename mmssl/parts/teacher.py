@@ -139,7 +139,7 @@ class Teacher(Part):
         parts: dict[str, Tensor] = {} if self.parts is None else self.parts.parts
         for name, parameter in self.student.named_parameters():
             if name in own:
-                mine, master = parts.get(name, own[name]), owned_slice(parameter).values
+                mine, master = parts[name] if name in parts else own[name], owned_slice(parameter).values
                 (squares if name in parts else whole)[0] += mine.double().square().sum()
                 (squares if is_partitioned(parameter) else whole)[1] += master.double().square().sum()
         teacher, student = (whole + all_sum(squares)).sqrt().tolist()
