@@ -27,7 +27,7 @@ def test_nothing_is_lost(words, told):
 @pytest.mark.distributed
 def test_t16_one_of_two_ranks_killed():
     """A rank that is killed, in a save as well: the other ends soon and names it, the last checkpoint is whole."""
-    assert soaked("only=ranks", "ranks=2").startswith("ranks: one of two ranks killed 2 times")
+    assert soaked("only=ranks", "ranks=2", "under=ddp").startswith("ranks: ddp: one of two ranks killed 2 times")
 
 
 def soaked(*words: str) -> str:

@@ -25,28 +25,18 @@ from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.pretrain import prepare, pretrain
 from mmssl.training.replay import replay
 from mmssl.types import Clock
+from tools.soak.engines import JOINT
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = """\
-modalities:
-  vision:
-    data: {path: FOLDER/pictures}
-    model: {image_size: 16, patch_size: 4}
-    method: {decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}}
-    views: {mask: {ratio: 0.75, adjust: 0.1, width: 2, copies: 2}}
-  speech:
-    data: {path: FOLDER/sounds}
-    model: {conv_channels: 16, position_kernel: 7, position_groups: 4}
-    method: {decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}, cls_weight: 0}
-    views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio: 0.5, width: 3, copies: 2}}
-data: {workers: 0}
-model: {hidden_size: 16, depth: 2, heads: 2, norm: pre, norm_eps: 1.0e-5}
-method: {name: data2vec2, top_k: 2, momentum: 0.5}
+RECIPE = (
+    JOINT[0].replace("    weight: 0.5\n", "").replace("hidden_size: 32", "hidden_size: 16")
+    + """\
 optim: {lr: 1.0e-3, warmup: 2}
 train: {steps: 6, global_batch: 16, device: cpu, log_every: 1, threads: 1}
 watch: {every: 0, samples: 20}
 save: {every: 3, keep: 2}
 """
+)
 MAE = (
     "modalities.vision.method={name: mae, decoder: {dim: 16, depth: 1, heads: 2}}",
     "modalities.vision.views={mask: {kind: random, ratio: 0.75}}",

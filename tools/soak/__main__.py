@@ -1,8 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
 python -m tools.soak [only=engines,kills,ranks,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
-                     [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [files=200] [recipes=500] [disk=20]
-                     [seed=0] [write=true]
+                     [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [under=ddp,zero2] [files=200]
+                     [recipes=500] [disk=20] [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
 a teacher. Exit status 1 if anything was wrong.
@@ -33,6 +33,7 @@ DEFAULTS = {
         "kills": "100",
         "settings": "",
         "ranks": "10",
+        "under": "ddp,zero2",
         "files": "200",
         "recipes": "500",
         "disk": "20",
@@ -70,9 +71,12 @@ def ranks(given: dict[str, str]) -> list[Row]:
     """SIGKILL to one of two ranks."""
     from tools.soak import ranks, runs
 
-    with tempfile.TemporaryDirectory() as folder:
-        runs.prepare(Path(folder))
-        return [ranks.campaign(Path(folder), int(given["ranks"]), int(given["seed"]))]
+    rows = []
+    for engine in given["under"].split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.prepare(Path(folder))
+            rows.append(ranks.campaign(Path(folder), int(given["ranks"]), int(given["seed"]), engine))
+    return rows
 
 
 def disk(given: dict[str, str]) -> list[Row]:

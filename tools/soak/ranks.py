@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections.abc import Callable
 from math import isclose
 from pathlib import Path
 
 from mmssl.training import checkpoint
 from mmssl.training.run_folder import RunFolder
+from tools.soak.engines import zero_file
 from tools.soak.kills import after, half_saved, slow_disk, writing
 from tools.soak.runs import STEPS, Child, Row, Whole, curve, free_port, launch, mmssl, words_of
 
@@ -17,13 +19,14 @@ SECONDS = 60.0  # in which a rank must have ended after the other
 SETTING = "folder, no worker"
 
 
-def campaign(place: Path, times: int, seed: int) -> Row:
-    """That many runs on two ranks under DDP, half of the kills in a save. place: a folder that `runs.prepare` has filled."""
-    draw, whole, wrong, stayed, saving, number = random.Random(f"{seed} ranks"), Whole(SETTING, place), [], [], 0, 0
+def campaign(place: Path, times: int, seed: int, engine: str = "ddp") -> Row:
+    """That many runs on two ranks, half of the kills in a save. place: a folder that `runs.prepare` has filled."""
+    draw, whole, wrong, stayed, saving, number = random.Random(f"{seed} {engine}"), Whole(SETTING, place), [], [], 0, 0
+    profile = None if engine == "ddp" else zero_file(place, engine, "fp32")
     while len(stayed) < times and len(wrong) < 5:
         run, number = place / f"run-{number}", number + 1
         victim, in_save = draw.randrange(2), draw.random() < 0.5
-        ranks = start(place, run, slow_disk if in_save else (lambda: None))
+        ranks = start(place, run, profile, slow_disk if in_save else (lambda: None))
         if not strike(ranks[victim], run, in_save, draw):
             for rank in ranks:
                 rank.wait()
@@ -36,15 +39,15 @@ def campaign(place: Path, times: int, seed: int) -> Row:
         shutil.rmtree(run)
     tried = f"one of two ranks killed {times} times, {saving} in a save"
     result = "the other ended with 7 and a sentence that names it after {:.1f} s at most, {:.1f} s in the mean; all went on"
-    return Row("ranks", tried, result.format(max(stayed), sum(stayed) / len(stayed)), tuple(wrong))
+    return Row(f"ranks: {engine}", tried, result.format(max(stayed), sum(stayed) / len(stayed)), tuple(wrong))
 
 
-def start(place: Path, run: Path, before) -> list[Child]:
+def start(place: Path, run: Path, profile: Path | None, before: Callable[[], None]) -> list[Child]:
     """Two ranks under nobody who would end one for the other's sake."""
     port = free_port()
 
     def ready(rank: int) -> None:
-        launch(rank, port, None)
+        launch(rank, port, profile)
         before()
 
     return [
