@@ -26,7 +26,7 @@ TRUNK = (  # what the blocks of the shared transformer are made of
 
 
 class MemberOptions(Options):
-    """One kind of data in a run of several. What is not said here is as above it, for all."""
+    """One kind of data in a run of several. What is not said here is as beside `modalities`, for all."""
 
     weight: float = Field(1.0, ge=0, description="What its loss counts; 0: not at all, though it is computed.")
     share: float = Field(1.0, ge=0.001, le=1000, description="Part of train.global_batch, against the shares of the others.")

@@ -144,7 +144,6 @@ class JointObjective(nn.Module):
     """
 
     accepts_loss_kwargs = False
-    probe = None
 
     def __init__(self, members: Mapping[str, Objective]):
         super().__init__()
