@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmssl.model.modeling import MmsslModel
     from mmssl.training.export import export
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 _HOMES = {
     "Recipe": "mmssl.config",

@@ -26,7 +26,7 @@ from mmssl.training.progress import Progress
 from mmssl.training.replay import record
 from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import Proof, has_saved, load_run, reopen, rewind, save_run
+from mmssl.training.saving import Proof, complete, has_saved, load_run, reopen, rewind, save_run
 from mmssl.training.signals import Signals
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -167,7 +167,8 @@ class Run:
         self.trainer.metrics = state.get("metrics", {})
         self.trainer.recent = state.get("skipped", [])
         self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
-        if found is not None:
+        self.last = found if self.start >= self.steps else None  # a checkpoint with no update after it
+        if found is not None and self.last is None:
             self.trainer.add_callback(Proof(self.trainer, found))
 
     @property
@@ -175,6 +176,11 @@ class Run:
         """What is known of the data."""
         found = {member.name: member.source.facts for member in self.members}
         return found.get("", found)
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """Of each member."""
+        return {member.name: member.views for member in self.members}
 
     def _loader(self, start: int) -> Iterable[Any]:
         """Batches of this rank from update `start` to the end."""
@@ -220,6 +226,8 @@ class Run:
                 self.trainer.train()
             except DataError as error:  # from a worker it comes with a traceback before its text
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+        if self.last is not None:
+            complete(self.recipe, self.views, self.folder, self.last)
         step = self.trainer.state.global_step
         self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
 
@@ -231,8 +239,7 @@ class Run:
         return {name: value for member in self.members for name, value in member.measure(trainer).items()}
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
-        views = {member.name: member.views for member in self.members}
-        save_run(trainer, views, self.folder, self._next_batch(trainer.state.global_step))
+        save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
 
     def _next_batch(self, step: int) -> str | None:
         """Identity of the update after `step`; None where it is not a function of the data alone."""

@@ -107,10 +107,32 @@ def _save(
         "versions": {"mmssl": __version__, "torch": torch.__version__},
     }
     checkpoint.save(folder.checkpoints, step, tensors, state, recipe.save.keep, also_keep)
-    export_encoders(recipe, views, tensors["model"], folder.model, metrics=trainer.metrics, step=step)
-    export_heads(tensors["model"], folder.heads)
-    write_atomic(folder.card, (folder.model / "README.md").read_text("utf-8"))
+    _publish(recipe, views, folder, tensors["model"], trainer.metrics, step)
     folder.status("running", step=step, steps=trainer.steps)
+
+
+def _publish(
+    recipe: Settings,
+    views: Mapping[str, Views],
+    folder: RunFolder,
+    tensors: dict[str, torch.Tensor],
+    metrics: dict[str, float],
+    step: int,
+) -> None:
+    """What others read of a run: its encoder, heads and card."""
+    export_encoders(recipe, views, tensors, folder.model, metrics=metrics, step=step)
+    export_heads(tensors, folder.heads)
+    write_atomic(folder.card, (folder.model / "README.md").read_text("utf-8"))
+
+
+def complete(recipe: Settings, views: Mapping[str, Views], folder: RunFolder, path: Path) -> None:
+    """For a run that goes on from its last checkpoint: it may have been lost right after that. Only the main process writes.
+
+    Raises: MmsslError if the checkpoint cannot be read; OSError if nothing can be written.
+    """
+    if folder.is_main:
+        tensors, state = checkpoint.load(path)
+        _publish(recipe, views, folder, tensors["model"], state["metrics"], int(state["step"]))
 
 
 def load_run(
@@ -150,16 +172,20 @@ def load_run(
     barrier()  # all have read it
     if folder.is_main:
         folder.truncate_metrics(int(state["step"]))
-        checkpoint.note_try(path)
     return tensors, state, path
 
 
 class Proof(TrainerCallback):
-    """Notes that the run got through an update from the checkpoint that it was resumed from."""
+    """Notes that the run tries to go on from a checkpoint, and then that it got through an update from there.
+
+    Raises: StorageError if the first cannot be written.
+    """
 
     def __init__(self, trainer: SelfSupervisedTrainer, path: Path):
         self.trainer = trainer
         self.path: Path | None = path
+        if trainer.is_world_process_zero():
+            checkpoint.note_try(path)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The first time that one was applied."""

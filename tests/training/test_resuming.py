@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from itertools import chain
 
@@ -172,6 +173,28 @@ def test_r4_a_checkpoint_that_was_tried_twice_in_vain_gives_way_to_an_older_one(
             checkpoint.note_try(root / f"step-{step:08d}")
     path, reasons = checkpoint.find(root)
     assert (checkpoint.step_of(path), len(reasons)) == (3, 3)
+
+
+def test_r4_a_run_lost_between_its_last_checkpoint_and_its_export_is_completed(again, saved, tmp_path, monkeypatch):
+    """There is no update to get through from there, which is no fault of that checkpoint."""
+    whole, run = saved.parent / "run", tmp_path / "run"
+
+    def lost(*_, **__):
+        raise KeyboardInterrupt
+
+    recipe = again()
+    with monkeypatch.context() as patch:
+        patch.setattr("mmssl.training.saving.export_encoders", lost)
+        for _ in range(3):  # the first makes the last checkpoint
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(recipe, resume=True)
+    assert [checkpoint.tries(path) for path in sorted((run / "checkpoints").glob("step-*"))] == [0, 0, 0]
+    pretrain(recipe, resume=True)
+    assert checkpoint.step_of(checkpoint.newest(run / "checkpoints")) == 3
+    for file in ("model/model.safetensors", "model/config.json", "metrics.jsonl", "heads/heads.safetensors"):
+        mine, other = ((path / file).read_bytes() for path in (run, whole))
+        assert re.sub(rb'"speed.*', b"", mine) == re.sub(rb'"speed.*', b"", other), file
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
 def test_r1_t18_each_rejected_checkpoint_is_named_and_none_left_is_an_error(again, tmp_path, capsys):

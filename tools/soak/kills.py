@@ -14,6 +14,7 @@ from tools.soak.runs import STEPS, Child, Row, Whole, curve, mmssl, words_of
 
 CHAIN = 5  # kills of one run at most
 SAVING = 0.4  # share of kills that are to fall into a save
+LATE = 0.15  # of the others, when the last checkpoint is there
 FSYNC = 0.02  # seconds that a slow disk takes more
 
 
@@ -23,6 +24,7 @@ class Tally(NamedTuple):
     kills: int = 0
     saving: int = 0  # kills that left half a checkpoint behind
     early: int = 0  # kills before the first checkpoint
+    late: int = 0  # kills after the last one
     runs: int = 0  # that went on to the end
     wrong: tuple[str, ...] = ()  # what was lost, "" if nothing
 
@@ -58,6 +60,7 @@ def attack(setting: str, place: Path, kills: int, draw: random.Random) -> Tally:
                 kills=tally.kills + 1,
                 saving=tally.saving + half_saved(run),
                 early=tally.early + (not checkpoint.written(run / "checkpoints")),
+                late=tally.late + done(run),
             )
         tally = ended(setting, place, run, whole, tally)
     return tally
@@ -73,7 +76,11 @@ def ended(setting: str, place: Path, run: Path, whole: Whole, tally: Tally) -> T
 
 
 def strike(child: Child, run: Path, whole: Whole, saving: bool, draw: random.Random) -> bool:
-    """Kill a run: anywhere from its first moment on, or in a save. False if it had ended before."""
+    """Kill a run: from its first moment on, in a save, or after the last one. False if it had ended before."""
+    if not saving and draw.random() < LATE:
+        child.wait(lambda: done(run))
+        child.wait(after(draw.uniform(0, 5 * FSYNC)))
+        return child.kill()
     if not saving and draw.random() < 0.3:
         child.wait(after(draw.uniform(0, whole.startup)))
         return child.kill()
@@ -95,6 +102,11 @@ def after(seconds: float):
 def writing(run: Path) -> bool:
     """Whether a checkpoint is being written."""
     return next((run / "checkpoints").glob(".tmp-step-*"), None) is not None
+
+
+def done(run: Path) -> bool:
+    """Whether the last checkpoint is there."""
+    return (run / "checkpoints" / f"step-{STEPS:08d}").exists()
 
 
 def half_saved(run: Path) -> bool:
@@ -121,6 +133,7 @@ def rows(found: dict[str, Tally]) -> list[Row]:
         sum(tally.kills for tally in every),
         sum(tally.saving for tally in every),
         sum(tally.early for tally in every),
+        sum(tally.late for tally in every),
         sum(tally.runs for tally in every),
         tuple(wrong for tally in every for wrong in tally.wrong),
     )
@@ -128,7 +141,8 @@ def rows(found: dict[str, Tally]) -> list[Row]:
     return [
         Row(
             f"kills: {setting}",
-            f"{tally.kills} kills, {tally.saving} in a save, {tally.early} before the first checkpoint",
+            f"{tally.kills} kills, {tally.saving} in a save, {tally.early} before the first checkpoint, "
+            f"{tally.late} after the last one",
             f"{tally.runs} runs resumed after each, curves and weights identical to the bit",
             tally.wrong,
         )

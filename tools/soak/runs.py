@@ -194,11 +194,19 @@ def curve(run: Path) -> dict[int, float | None]:
     return found
 
 
-def weights(run: Path) -> dict[str, str]:
-    """SHA-256 of what the newest checkpoint holds, {} if there is none."""
+def results(run: Path) -> dict[str, Path]:
+    """All tensors that a run leaves: of its newest checkpoint, its encoder and its heads; {} if there is no checkpoint."""
     path = checkpoint.newest(run / "checkpoints")
-    files = json.loads((path / checkpoint.MANIFEST).read_text())["files"] if path else {}
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(checkpoint.SUFFIX)}
+    folders = (path, run / "model", run / "heads") if path else ()
+    return {str(file.relative_to(run)): file for folder in folders for file in folder.glob("*" + checkpoint.SUFFIX)}
+
+
+def apart(one: Path, other: Path) -> list[str]:
+    """Names of the tensors of two files that are not the same to the bit."""
+    from safetensors.torch import load_file
+
+    a, b = load_file(one), load_file(other)
+    return sorted(n for n in {*a, *b} if n not in a or n not in b or a[n].numpy().tobytes() != b[n].numpy().tobytes())
 
 
 def leftovers(run: Path) -> list[str]:
@@ -218,7 +226,7 @@ class Whole:
         if child.code:
             raise RuntimeError(f"{setting}: exit {child.code}\n{child.said()}")
         self.step = (time.monotonic() - start - self.startup) / STEPS
-        self.curve, self.weights = curve(run), weights(run)
+        self.curve, self.results = curve(run), results(run)
         if [*self.curve] != [*range(1, STEPS + 1)]:
             raise RuntimeError(f"{setting}: the undisturbed run logged {[*self.curve]}")
 
@@ -227,6 +235,10 @@ class Whole:
         if (found := curve(run)) != self.curve:
             steps = [step for step in {*found, *self.curve} if found.get(step) != self.curve.get(step)]
             return f"the loss at {min(steps)}"
-        if weights(run) != self.weights:
-            return "the weights"
+        found = results(run)
+        if {*found} != {*self.results}:
+            return f"files {sorted({*found} ^ {*self.results})}"
+        for name, file in found.items():
+            if file.read_bytes() != self.results[name].read_bytes():
+                return f"{name}: {', '.join(apart(file, self.results[name])[:5]) or 'all but the tensors'}"
         return f"leftovers {left}" if (left := leftovers(run)) else None
