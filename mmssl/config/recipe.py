@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 MODALITIES = "modalities"  # block of recipes for several kinds of data, see mmssl/config/joint.py
-BLOCKS = ("out", MODALITIES, "data", "model", "method", "views", "optim", "train", "watch", "save")
+BLOCKS = ("out", MODALITIES, "balance", "data", "model", "method", "views", "optim", "train", "watch", "save")
 
 
 def _block(kind: type[Options]) -> Any:

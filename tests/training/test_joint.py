@@ -1,5 +1,6 @@
 """Several kinds of data in one run."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from PIL import Image
 from torch.testing import assert_close
 
 from mmssl import load_encoder
 from mmssl.cli import main
-from mmssl.config import JointRecipe, Recipe, load_recipe
+from mmssl.config import JointRecipe, Recipe, check_recipe, load_recipe
+from mmssl.config.reading import apply_override
 from mmssl.errors import NonFiniteError, RecipeError
 from mmssl.methods.joint import Joint
 from mmssl.training import checkpoint
@@ -209,6 +212,91 @@ def test_a_run_resumes_to_the_same_bits(whole, tmp_path):
     mine, theirs = tensors(run), tensors(whole)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+def more(run: Path, folder: Path, *words: str) -> JointRecipe:
+    """The recipe of a run with the sounds once more, from a feature encoder of their own."""
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    hums = copy.deepcopy(raw["modalities"]["speech"])
+    hums["data"] |= {"path": str(folder / "sounds")}
+    raw["modalities"]["hums"] = hums
+    for word in words:
+        apply_override(raw, word)
+    found = check_recipe({**raw, "out": str(run)})
+    assert isinstance(found, JointRecipe)
+    return found
+
+
+@pytest.fixture
+def half(whole, tmp_path) -> Path:
+    """The run as it was at its first save."""
+    shutil.copytree(whole, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/checkpoints/step-00000006")
+    return tmp_path / "half"
+
+
+def test_a_kind_of_data_added_later_leaves_the_losses_of_that_step_as_they_are(folder, whole, half):
+    """Of the others; from the next update on the trunk learns from it too, and the run goes on and resumes as any other."""
+    pretrain(more(half, folder, "train.global_batch=24"), resume=True)
+    assert curve(half)[:3] == curve(whole)[:3]
+    for part in ("vision.tokens", "vision.cls", "speech.tokens"):
+        mine, theirs = ([line[f"loss/{part}"] for line in lines(run)] for run in (half, whole))
+        assert mine[3] == theirs[3]
+        assert mine[4] != theirs[4]
+    assert [("loss/hums.tokens" in line) for line in lines(half)] == [False] * 3 + [True] * 3
+    assert (half / "model/hums/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("train.global_batch=30",),
+            r"train\.global_batch: an update had 8 samples of \w+ when the run was saved.* Set train\.global_batch=24",
+        ),
+        (("train.global_batch=24", "modalities.speech.views.longest=0.6"), r"modalities\.speech\.views\.longest was 0\.5"),
+    ],
+)
+def test_what_is_added_must_not_change_what_is_there(folder, half, words, told):
+    with pytest.raises(RecipeError, match=told):
+        prepare(more(half, folder, *words), resume=True)
+
+
+def test_a_kind_of_data_is_not_dropped_in_silence(half):
+    raw = yaml.safe_load((half / "config.yaml").read_text())
+    raw["modalities"].pop("speech")
+    with pytest.raises(RecipeError, match=r"modalities\.speech: the run was saved with it .* weight=0 pauses it"):
+        prepare(check_recipe({**raw, "out": str(half)}), resume=True)
+
+
+# Balance -------------------------------------------------------------------------------------------------------------
+
+
+def test_balanced_losses_are_divided_by_their_running_means(folder, tmp_path):
+    """By hand, in float64: what the log says each is divided by, and that its logarithm is what is learned."""
+    run = pretrain(recipe(folder, tmp_path / "run", "balance=magnitude", "modalities.speech.weight=0.5"))
+    terms = {"vision": ("tokens", "cls"), "speech": ("tokens",)}
+    running = dict.fromkeys(terms, 0.0)
+    for number, line in enumerate(lines(run), 1):
+        total = 0.0
+        for name, weight in (("vision", 1.0), ("speech", 0.5)):
+            loss = sum(line[f"loss/{name}.{term}"] for term in terms[name])
+            total += weight * loss / (running[name] / (1 - 0.99 ** (number - 1)) if number > 1 else 1.0)
+            running[name] += 0.01 * (loss - running[name])
+            assert line[f"health/{name}.magnitude"] == pytest.approx(running[name] / (1 - 0.99**number), rel=1e-5)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_balance_goes_on_where_it_was_and_does_not_depend_on_micro_batches(folder, tmp_path):
+    words = ("balance=magnitude", "train.steps=4", "save.every=2", "modalities.vision.weight=2")
+    whole, parts = (
+        pretrain(recipe(folder, tmp_path / name, *words, f"train.micro_batch={size}")) for name, size in (("a", 16), ("b", 8))
+    )
+    assert curve(parts) == pytest.approx(curve(whole), rel=1e-5)
+    shutil.rmtree(whole / "checkpoints/step-00000004")
+    before = curve(whole)
+    pretrain(load_recipe(whole / "config.yaml", f"out={whole}"), resume=True)
+    assert curve(whole) == before
 
 
 def test_micro_batches_do_not_change_the_curve(folder, whole, tmp_path):
