@@ -323,6 +323,33 @@ def test_what_is_not_finite_in_one_kind_of_data_spoils_the_update(folder, tmp_pa
         replay(tmp_path / "run")
 
 
+def accelerate(profile: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["accelerate", "launch", "--config_file", f"recipes/accelerate/{profile}.yaml", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("profile", ["cpu2-ddp", "cpu2-zero3"])
+def test_two_ranks_go_on_with_what_one_process_saved_and_add_a_kind_of_data(profile, folder, whole, half):
+    """Losses of the others are those of one process without it, up to rounding; it is learned, averaged and saved."""
+    if profile == "cpu2-zero3" and not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
+    (half / "config.yaml").write_text(more(half, folder, "train.global_batch=24").dump())
+    done = accelerate(profile, "-m", "mmssl", "resume", str(half))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("vision.tokens", "vision.cls", "speech.tokens"):
+        assert lines(half)[3][f"loss/{part}"] == pytest.approx(lines(whole)[3][f"loss/{part}"], rel=1e-5)
+    start, end = more(half, folder, "train.global_batch=24").build()["hums"].state_dict(), tensors(half)
+    for network in ("student.encoder.features.", "teacher.network."):
+        own = {
+            n.removeprefix("members.hums.method."): t for n, t in end.items() if n.startswith(f"members.hums.method.{network}")
+        }
+        assert any(not torch.equal(tensor, start[name]) for name, tensor in own.items())
+
+
 SCRIPT = """
 import sys, torch
 from mmssl.config import load_recipe
@@ -353,17 +380,7 @@ def test_t08_ranks_that_go_through_kinds_of_data_in_another_order_are_stopped_un
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
     (tmp_path / "unlike.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
-    words = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu2-zero3.yaml", str(tmp_path / "unlike.py")]
-    done = subprocess.run(
-        [*words, str(folder / "joint.yaml"), f"out={tmp_path / 'run'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    done = accelerate("cpu2-zero3", str(tmp_path / "unlike.py"), str(folder / "joint.yaml"), f"out={tmp_path / 'run'}")
     said = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
     assert sorted(line[:13] for line in said) == ["rank 0 exit 7", "rank 1 exit 7"], done.stderr[-3000:]
     assert all("Rank 1 comes to members.speech where rank 0 comes to members.vision" in line for line in said)
