@@ -38,8 +38,9 @@ started. Those for GPUs have not been run on one yet. ZeRO on CPU compiles a sma
 
 ## Shipped recipes
 
-The name is `MODALITY/METHOD-SIZE` (of several methods `METHOD-METHOD-SIZE`), or `multimodal/METHOD-SIZE` for several kinds of data in one run. base and large have the
-published settings, small is for one GPU, demo for two CPU cores; others are named after a data set or a backbone.
+The name is `MODALITY/METHOD-SIZE`, with a METHOD for each where there are several, or `multimodal/METHOD-SIZE` for several
+kinds of data in one run. base and large have the published settings, small is for one GPU, demo for two CPU cores; others are
+named after a data set or a backbone.
 
 """
 SEVERAL = """

@@ -9,7 +9,6 @@ import torch
 from torch.testing import assert_close
 
 from mmssl import load_encoder
-from mmssl.cli import main
 from mmssl.config import JointRecipe, Recipe
 from mmssl.distributed import all_sum, world
 from mmssl.errors import RecipeError
@@ -380,11 +379,18 @@ def test_the_log_tells_each_term_and_the_model_is_that_of_the_first_method(whole
     assert [*(whole / "report").glob("rebuilt-*.png")]
 
 
+def another(file, out, views, name, **method):
+    """The same recipe with other methods."""
+    raw = Recipe.load(file).model_dump(mode="json", include={"data", "model", "optim", "train", "watch", "save"})
+    return Recipe.check({**raw, "out": str(out), "method": {"name": name, **method}, "views": views})
+
+
 def test_what_is_common_to_all_samples_is_told_to_the_member_that_asks(file, tmp_path, trained):
     """A clustering method, which keeps something for every sample, beside one that does not."""
-    raw = Recipe.load(file).model_dump(mode="json", include={"data", "model", "optim", "train", "watch", "save"})
-    method = {"name": "simclr+deepcluster_v2", "simclr": MLP, "deepcluster_v2": MLP | {"prototypes": 3, "heads": 2}}
-    run = trained(Recipe.check({**raw, "method": method, "views": {"crops": [{"count": 2}]}, "out": str(tmp_path / "run")}))
+    clusters = MLP | {"prototypes": 3, "heads": 2}
+    views = {"crops": [{"count": 2}]}
+    recipe = another(file, tmp_path / "run", views, "simclr+deepcluster_v2", simclr=MLP, deepcluster_v2=clusters)
+    run = trained(recipe)
     assert bool((run.objective.method.members["deepcluster_v2"].ids >= 0).all())
     assert all(line["loss"] > 0 for line in run.lines if "loss" in line)
 
@@ -403,7 +409,7 @@ REFUSED = [
     ("mae+vicreg", ("views.crops=null",), r"views: mae\+vicreg takes 2 full-size views of a sample, these are 1"),
     ("simclr+vicreg", ("views.mask={}",), r"views\.mask: simclr\+vicreg sees whole views; leave it out"),
     ("mae+simclr", ("views.crops=dino",), r"views: mae\+simclr takes no smaller crops, these have \d+; leave them out"),
-    ("mae+simclr", ("model={backbone: resnet18}",), r"model\.backbone: mae\+simclr hides tokens"),
+    ("mae+simclr", ("model.backbone=resnet18",), r"model\.backbone: mae\+simclr hides tokens"),
     ("data2vec2+mae", ("method.data2vec2.top_k=99",), r"method\.data2vec2\.top_k: 99 layers to average"),
     ("data2vec2+mae", ("method.mae.wieght=1",), r"method\.mae\.wieght: unknown key \(did you mean weight\?\)"),
     ("data2vec2+mae", ("method.mae.weight=-1",), r"method\.mae\.weight: found -1"),
@@ -424,14 +430,14 @@ def test_what_cannot_be_combined_is_refused_before_the_first_step(name, words, t
 
 
 def test_batches_that_do_not_fit_are_told_by_the_member_that_minds(file, capsys, tmp_path):
-    words = [str(file), f"out={tmp_path / 'run'}", "views={crops: moco2, mask: {}}", "train.steps=2"]
-    assert main(["pretrain", *words, "method={name: mae+moco_v2, moco_v2: {hidden: 16, dim: 8, queue: 4}}"]) == 2
-    assert "method.moco_v2.queue: 4 rows" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    prepare(Recipe.load(*words, "method={name: mae+swav, swav: {hidden: 16, dim: 8, prototypes: 40}}"))
+    run, views = tmp_path / "run", {"crops": "moco2", "mask": {}}
+    with pytest.raises(RecipeError, match=r"method\.moco_v2\.queue: 4 rows"):
+        prepare(another(file, run, views, "mae+moco_v2", moco_v2=MLP | {"queue": 4}))
+    assert not run.exists()
+    prepare(another(file, run, views, "mae+swav", swav=MLP | {"prototypes": 40, "freeze_epochs": 2}))
     told = capsys.readouterr().err
     assert "note: method.swav.prototypes: 40, codes are spread over the 8 samples" in told
-    assert "note: method.swav.freeze_epochs: 1, the run has 0.5 passes" in told
+    assert "note: method.swav.freeze_epochs: 2, the run has 1 passes" in told
 
 
 def test_defaults_of_the_kind_of_data_are_those_of_each_method(tmp_path):
