@@ -44,8 +44,9 @@ class Combined(Several):
             with _told(name, kind):
                 members[name] = kind(encoder, **own)
         first, *_ = members.values()
-        teacher = next((one.teacher for one in members.values() if hasattr(one, "teacher")), None)
-        super().__init__(members, student=first.student, **({} if teacher is None else {"teacher": teacher}))
+        common: dict[str, Any] = {"student": first.student}
+        common |= next(({"teacher": one.teacher} for one in members.values() if hasattr(one, "teacher")), {})
+        super().__init__(members, **common)
         self.weights = {name: float(options.get(name, {}).get("weight", 1.0)) for name in self.kinds}
         if not any(self.weights.values()):
             raise ValueError(f"{next(iter(self.weights))}.weight: 0, and so are all others; one at least must be above 0")
@@ -65,7 +66,7 @@ class Combined(Several):
         health: dict[str, Tensor] = {}
         embedding = None
         with shared_passes(self.student.encoder, *self._common()):
-            for name, method in self.each():
+            for name, method in self.methods():
                 found = method(self._given(batch, method), clock)
                 losses |= {f"{name}.{term}": self.weights[name] * value for term, value in found.losses.items()}
                 health |= {f"{name}.{metric}": value for metric, value in found.health.items()}
@@ -86,12 +87,12 @@ class Combined(Several):
 
     def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt | None:
         """Of the first member that says it."""
-        each = (method.rebuild(self._given(batch, method), clock) for _, method in self.each())
+        each = (method.rebuild(self._given(batch, method), clock) for _, method in self.methods())
         return next((found for found in each if found is not None), None)
 
     def terms(self, batch: Batch) -> Tensor | None:
         """Of the first member that counts them."""
-        each = (method.terms(self._given(batch, method)) for _, method in self.each())
+        each = (method.terms(self._given(batch, method)) for _, method in self.methods())
         return next((found for found in each if found is not None), None)
 
     def judge(self, health: Mapping[str, float]) -> list[str]:
@@ -104,35 +105,35 @@ class Combined(Several):
 
     def attach(self, samples: int, seed: int) -> None:
         """Tell each."""
-        for name, method in self.each():
+        for name, method in self.methods():
             with _told(name, type(method)):
                 method.attach(samples, seed)
 
     def check_batch(self, samples: int) -> list[str]:
         """Of each."""
         notes = []
-        for name, method in self.each():
+        for name, method in self.methods():
             with _told(name, type(method)):
                 notes += [_placed(note, name, type(method)) for note in method.check_batch(samples)]
         return notes
 
     def on_epoch(self, clock: Clock, described: Tensor | None = None) -> None:
         """Tell each; the description is for the one that asked."""
-        for name, method in self.each():
+        for name, method in self.methods():
             with _told(name, type(method)):
                 method.on_epoch(clock, described if name == self.describing else None)
 
     def needs_description(self, clock: Clock) -> bool:
         """Whether the one that may ask asks."""
-        return any(method.needs_description(clock) for _, method in self.each())
+        return any(method.needs_description(clock) for _, method in self.methods())
 
     def describe(self, view: View) -> Tensor:
         """By the one that asks."""
-        return next(method.describe(view) for name, method in self.each() if name == self.describing)
+        return next(method.describe(view) for name, method in self.methods() if name == self.describing)
 
     def order(self, clock: Clock) -> Tensor | None:
         """Of the first member that chooses."""
-        each = (method.order(clock) for _, method in self.each())
+        each = (method.order(clock) for _, method in self.methods())
         return next((found for found in each if found is not None), None)
 
 

@@ -71,7 +71,7 @@ class Method(nn.Module):
         """What the method made of what it did not see of a batch; None if it does not say it in raw values or ids."""
         return None
 
-    def each(self) -> list[tuple[str, Method]]:
+    def methods(self) -> list[tuple[str, Method]]:
         """The methods it is made of, by name; itself without one."""
         return [("", self)]
 

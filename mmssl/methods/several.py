@@ -28,18 +28,18 @@ class Several(Method):
         )
         share_averages([part for part in self.parts() if isinstance(part, Teacher)])
 
-    def each(self) -> list[tuple[str, Method]]:
+    def methods(self) -> list[tuple[str, Method]]:
         """In the order they were named."""
         return [(name, method) for name, method in self.members.items() if isinstance(method, Method)]
 
     def health(self, clock: Clock) -> dict[str, float]:
         """Of each member."""
-        return {f"{name}.{metric}": value for name, one in self.each() for metric, value in one.health(clock).items()}
+        return {f"{name}.{metric}": value for name, one in self.methods() for metric, value in one.health(clock).items()}
 
     def judge(self, health: Mapping[str, float]) -> list[str]:
         """Of each member, by its name."""
         found = []
-        for name, method in self.each():
+        for name, method in self.methods():
             own = {
                 f"health/{m.removeprefix(f'health/{name}.')}": v for m, v in health.items() if m.startswith(f"health/{name}.")
             }
@@ -48,4 +48,4 @@ class Several(Method):
 
     def guards(self) -> tuple[Guard, ...]:
         """Of each member."""
-        return tuple(guard._replace(metric=f"{name}.{guard.metric}") for name, one in self.each() for guard in one.guards())
+        return tuple(guard._replace(metric=f"{name}.{guard.metric}") for name, one in self.methods() for guard in one.guards())

@@ -23,7 +23,7 @@ class Passes:
         made = self.get(make, *of)
         return self.put(make(*of), make, *of) if made is None else made
 
-    def get(self, what: Any, *of: Any) -> Any | None:
+    def get(self, what: Any, *of: Any) -> Any:
         """What is known of them under that name; None if nothing is."""
         return self.found.get(_key(what, of), (None,))[0]
 

@@ -127,7 +127,7 @@ def never_begun(method: Method, steps: int, epoch_steps: int) -> list[str]:
 
 def _modules(method: Method) -> Iterator[tuple[str, str, Module]]:
     """Block of the recipe, name and module, of all of a method and of each that it is made of."""
-    for own, one in method.each():
+    for own, one in method.methods():
         yield from ((f"method.{own}".rstrip("."), name, module) for name, module in one.named_modules())
 
 

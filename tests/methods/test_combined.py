@@ -123,7 +123,7 @@ def test_terms_are_those_of_each_method_alone_and_gradients_are_the_weighted_sum
     method = build(name, modality)
     batch = batch_of(method, modality)
     expected, wanted, names = {}, {}, {p: key for key, p in method.named_parameters()}
-    for (own, member), weight in zip(method.each(), WEIGHTS):
+    for (own, member), weight in zip(method.methods(), WEIGHTS):
         one, its = alone(method, own, batch)
         found = one(its, CLOCK)
         expected |= {f"{own}.{term}": weight * value for term, value in found.losses.items()}
