@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from mmssl.config import recipe_class, shipped_recipes
+from mmssl.cli.list import recipes
+from mmssl.config import recipe_class
 from mmssl.config.joint import MemberOptions
 from mmssl.config.recipe import BLOCKS
 from mmssl.methods import METHODS
@@ -37,8 +38,9 @@ started. Those for GPUs have not been run on one yet. ZeRO on CPU compiles a sma
 
 ## Shipped recipes
 
-The name is `MODALITY/METHOD-SIZE`, or `multimodal/METHOD-SIZE` for several kinds of data in one run. base and large have the
-published settings, small is for one GPU, demo for two CPU cores; others are named after a data set or a backbone.
+The name is `MODALITY/METHOD-SIZE`, with a METHOD for each where there are several, or `multimodal/METHOD-SIZE` for several
+kinds of data in one run. base and large have the published settings, small is for one GPU, demo for two CPU cores; others are
+named after a data set or a backbone.
 
 """
 SEVERAL = """
@@ -53,16 +55,23 @@ each member's own. Teachers of equal momentum share their trunk, too. Each updat
 `recipes/multimodal/data2vec2-demo.yaml` is an example.
 
 """
+COMBINED = """
+### method.name=NAME+NAME
+
+Several methods on the same samples, see [methods.md](methods.md#several-methods-at-once). The block has a block for each of
+them, `method.NAME`, with the options of that method and one more:
+
+"""
 HEAD = "| key | type | default | |\n|---|---|---|---|\n"
 
 
 def shipped() -> str:
     """A row for each method, a column for each modality."""
     found: dict[str, dict[str, list[str]]] = {}
-    for name in shipped_recipes():
-        modality, file = name.split("/")
-        method, _, size = file.partition("-")
-        found.setdefault(method, {}).setdefault(modality, []).append(size)
+    for row in recipes():
+        modality, file = row["name"].split("/")
+        size = file.removeprefix(f"{row['method'].replace('+', '-')}-")
+        found.setdefault(row["method"], {}).setdefault(modality, []).append(size)
     order = [*modalities(), "multimodal"]
     columns = sorted({modality for sizes in found.values() for modality in sizes}, key=order.index)
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -108,6 +117,11 @@ def block_of(block: str, method: str, modality: str, wrapped: bool = False) -> A
     return recipe_class(method, modality, wrapped).model_fields[block].annotation
 
 
+def member_of(method: str, name: str) -> Any:
+    """The block of a method among several."""
+    return block_of("method", method, "vision").model_fields[name].annotation
+
+
 def by_modality(block: str) -> str:
     """What all modalities have in that block, and what each has of its own."""
     first = {kind: next(name for name, method in METHODS.items() if kind in method.modalities) for kind in modalities()}
@@ -138,6 +152,8 @@ def documents() -> dict[Path, str]:
                     row for row in rows(block_of("method", name, method.modalities[0]), "method.") if "`method.name`" not in row
                 ]
                 text += f"\n### method.name={name}\n\n{HEAD if own else ''}" + "\n".join(own) + ("\n" if own else "None.\n")
+            weight = [row for row in rows(member_of("data2vec2+mae", "mae"), "method.NAME.") if "NAME.weight" in row]
+            text += COMBINED + HEAD + "\n".join(weight) + "\n"
         else:
             text += f"{model.__doc__.splitlines()[0]}\n\n{HEAD}" + "\n".join(rows(model, f"{block}.")) + "\n"
         if block == "model":

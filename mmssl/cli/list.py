@@ -46,7 +46,7 @@ def methods() -> list[dict[str, Any]]:
             "modalities": [*method.modalities],
             "family": method.family,
             "paper": method.paper,
-            "recipes": [recipe for other, recipe in used if other == name],
+            "recipes": [recipe for other, recipe in used if name in other.split("+")],
             "coverage": [*method.coverage],
         }
         for name, method in METHODS.items()

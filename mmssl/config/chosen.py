@@ -20,13 +20,21 @@ def chosen_blocks(method: str | None, kind: Modality | None, wrapped: bool) -> d
 
     blocks: dict[str, Any] = {"model": (_Unchecked, ...), "method": (_Unchecked, ...), "views": (_Unchecked, ...)}
     if method is not None:
-        fields = options_of(METHODS[method], "encoder")
+        each = {name: options_of(member, "encoder") for name, member in METHODS.members(method).items()}
+        fields = each[method] if method in each else {name: _member(options) for name, options in each.items()}
         blocks["method"] = (_model("Method", _ScheduleOptions, {"name": (Literal[method], method), **fields}), ...)
     if kind is not None:
         blocks["model"] = (_model_block(kind, wrapped), ...)
         views = _model("Views", Options, options_of(kind.views, "features"))
         blocks["views"] = (views, Field(default_factory=dict, validate_default=True))
     return blocks
+
+
+def _member(options: dict[str, tuple[Any, Any]]) -> tuple[Any, Any]:
+    """A method among others: a block in its own right."""
+    weight = Field(1.0, ge=0, description="What its loss counts; 0: not at all, though it is computed.")
+    block = _model("Member", _ScheduleOptions, {"weight": (float, weight), **options})
+    return block, Field(default_factory=dict, validate_default=True)
 
 
 def options_of(target: Callable[..., Any], *skip: str) -> dict[str, tuple[Any, Any]]:

@@ -110,9 +110,7 @@ class Recipe(Settings):
         name = _sub(raw, "method", "name")
         known = isinstance(name, str) and name in METHODS
         if not known:
-            problems.append(
-                f"method.name: found {name!r}, known methods are {', '.join(sorted(METHODS))}" + nearest(name, METHODS)
-            )
+            problems.append(_unknown_method(name))
         kind = _sub(raw, "data", "modality")
         try:
             found = modality(kind) if isinstance(kind, str) else None
@@ -123,8 +121,7 @@ class Recipe(Settings):
             problems.append("data.modality: missing; `mmssl list modalities` shows the choices")
         wrapped = _sub(raw, "model", "backbone") is not None
         if found is not None and known:
-            defaults = copy.deepcopy(found.defaults.get(name, {}))
-            _fill(raw, {block: values for block, values in defaults.items() if block != "model" or not wrapped})
+            _fill_for(raw, found.defaults, [*METHODS.members(name)], wrapped)
         chosen = recipe_class(name if known else None, found.name if found else None, wrapped)
         try:
             recipe = chosen.model_validate(raw)
@@ -189,6 +186,8 @@ class Recipe(Settings):
 
     def _views_conflict(self, views: Any, method: type[Method]) -> list[str]:
         """Whether the method takes that many views."""
+        from mmssl.methods import METHODS
+
         name, found = self.method.name, views.count  # type: ignore[attr-defined]
         if found != method.views:
             return [
@@ -199,11 +198,21 @@ class Recipe(Settings):
             return [f"views: {name} takes no smaller crops, these have {views.crops}; leave them out"]
         if not (method.masks or self.wrapped) and getattr(self.views, "mask", None) is not None:
             return [f"views.mask: {name} sees whole views; leave it out"]
-        if method.drops and getattr(views, "replaces", False):
+        each = METHODS.members(name)
+        dropping = next((one for one, member in each.items() if member.drops), None)
+        if dropping and getattr(views, "replaces", False):
             kind = self.views.mask.kind  # type: ignore[attr-defined]
+            others = " and ".join(one for one, member in each.items() if member.masks and one != dropping)
             return [
-                f"views.mask.kind: {kind} may hide more of one sample than of another; {name} needs equally many, take another"
+                f"views.mask.kind: {kind} may hide more of one sample than of another; {dropping} needs equally many, take "
+                + (f"another, which suits {others} as well" if others else "another")
             ]
+        mask = getattr(self.views, "mask", None)
+        for member in (member for member in each.values() if member.masks and mask is not None):
+            try:
+                member.check_mask(mask)
+            except ValueError as error:
+                return [str(error)]
         return []
 
     def config(self) -> MmsslConfig:
@@ -254,11 +263,11 @@ class Recipe(Settings):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(self.train.seed, "init"))
-            options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "name"}
+            options = _options(self.method)
             encoder = self._encoder()
             if trunk is not None:
                 encoder.transformer.share(trunk)
-            return METHODS[self.method.name](encoder, **options)  # type: ignore[attr-defined]
+            return METHODS[options.pop("name")](encoder, **options)
 
 
 def refused(where: str, problems: list[str]) -> RecipeError:
@@ -292,6 +301,43 @@ def recipe_class(method: str | None, kind: str | None, wrapped: bool = False) ->
     """
     fields = chosen_blocks(method, None if kind is None else modality(kind), wrapped)
     return create_model("Recipe", __base__=Recipe, **fields)
+
+
+def _options(block: Options) -> dict[str, Any]:
+    """Its options by name, of a block in it as well."""
+    found = {name: getattr(block, name) for name in type(block).model_fields}
+    return {name: _options(value) if isinstance(value, Options) else value for name, value in found.items()}
+
+
+def _unknown_method(name: Any) -> str:
+    """What is wrong with the name of a method, or of several."""
+    from mmssl.methods import METHODS
+
+    names = name.split("+") if isinstance(name, str) else [name]
+    wrong = [one for one in names if not isinstance(one, str) or one not in METHODS]
+    if not wrong:
+        return f"method.name: found {name!r}, which names a method twice; take each once"
+    within = f" in {name!r}" if len(names) > 1 else ""
+    return f"method.name: found {wrong[0]!r}{within}, known methods are {', '.join(sorted(METHODS))}" + nearest(
+        wrong[0], METHODS
+    )
+
+
+def _fill_for(raw: dict[str, Any], defaults: dict[str, Any], methods: list[str], wrapped: bool) -> None:
+    """Put a modality's defaults for these methods where the recipe says nothing; where they differ, those of the first count.
+
+    Args:
+        defaults: method -> block -> options.
+        wrapped: whether those of the shared transformer mean nothing.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        for block, values in copy.deepcopy(defaults.get(name, {})).items():
+            if block == "method" and len(methods) > 1:
+                _fill(raw["method"], {name: values})
+            elif block != "model" or not wrapped:
+                merged[block] = values | merged.get(block, {})
+    _fill(raw, merged)
 
 
 def _fill(raw: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ def card(
     together = f" Its transformer learned from {' and '.join(beside)} as well; the recipe below is its part." if beside else ""
     return f"""---
 library_name: transformers
-tags: [self-supervised, {recipe.data.modality}, {name}]
+tags: [self-supervised, {recipe.data.modality}, {name.replace("+", ", ")}]
 ---
 
 # {recipe.data.modality} encoder, {name}

@@ -6,6 +6,7 @@ from mmssl.methods.beit import BEiT
 from mmssl.methods.byol import BYOL
 from mmssl.methods.cae import CAE
 from mmssl.methods.causal_lm import CausalLM
+from mmssl.methods.combined import Methods
 from mmssl.methods.context_encoder import ContextEncoder
 from mmssl.methods.cpc import CPC
 from mmssl.methods.data2vec1 import Data2Vec1
@@ -41,7 +42,7 @@ from mmssl.methods.tera import TERA
 from mmssl.methods.vicreg import VICReg
 from mmssl.methods.wav2vec2 import Wav2Vec2
 
-METHODS: dict[str, type[Method]] = {
+PAPERS: dict[str, type[Method]] = {
     # joint embedding
     "simclr": SimCLR,
     "simclr_v2": SimCLRv2,
@@ -87,5 +88,6 @@ METHODS: dict[str, type[Method]] = {
     "igpt": IGPT,
     "mp3": MP3,
 }
+METHODS = Methods(PAPERS)
 
 __all__ = ["METHODS", "Method"]

@@ -42,7 +42,7 @@ class CPC(Method):
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """The frames some steps ahead of each context."""
         (view,), encoder = batch.views, self.student.encoder
-        frames = encoder.features(view.x)  # (B, L, D)
+        frames = encoder.local(view.x)  # (B, L, D)
         seen = encoder.contextualize(frames)
         lengths, steps = rank_lengths(frames), len(self.predictors)
         window = frames.shape[1] - steps

@@ -63,7 +63,7 @@ class Data2Vec1(Method):
             raise ValueError("views.mask: data2vec1 needs masks")
         # Text is masked in its ids; features of the whole input are then of no use to the student.
         features = (
-            None if self.mask_token.mask_id is not None and not self.teacher.shares else encoder.features(view.x)
+            None if self.mask_token.mask_id is not None and not self.teacher.shares else encoder.local(view.x)
         )  # (B, L, D)
         whole = self.teacher.encode(view, features, self.collect)
         target = average_layers(whole.layers, self.top_k, self.each_norm, self.final_norm, view.pad).detach()  # (B, L, D)

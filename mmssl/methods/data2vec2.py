@@ -56,7 +56,7 @@ class Data2Vec2(Method):
         (view,), encoder = batch.views, self.student.encoder
         if view.mask is None:
             raise ValueError("views.mask: data2vec2 needs masks")
-        features = encoder.features(view.x)  # (B, L, D), shared by the M masks
+        features = encoder.local(view.x)  # (B, L, D), shared by the M masks
         whole = self.teacher.encode(view, features, collect="ffn")  # once, whatever M
         # (B, L, D), a constant even to the input
         target = average_layers(whole.layers, self.top_k, self.each_norm, self.final_norm, view.pad).detach()

@@ -67,10 +67,10 @@ class Electra(Method):
         self,
         encoder: Encoder,
         generator: Above0 = 1 / 3,
-        weight: AtLeast0 = 50.0,
+        discriminator_weight: AtLeast0 = 50.0,
         corruption: Corruption = Corruption(mask=0.85, random=0.0),
     ):
-        """generator: its width as a share of the encoder's.  weight: of the discriminator's loss."""
+        """generator: its width as a share of the encoder's.  discriminator_weight: of the loss of the encoder."""
         super().__init__()
         check_corruption(getattr(encoder, "features", None), corruption, "electra")
         if generator > 1:
@@ -80,7 +80,7 @@ class Electra(Method):
         self.generator_head = lm_head(encoder.features.tokens, self.generator.width, encoder.features.norm.eps)
         self.head = nn.Sequential(nn.Linear(encoder.dim, encoder.dim), nn.GELU(), nn.Linear(encoder.dim, 1))
         self.head.apply(init_linear)
-        self.weight, self.corruption = weight, corruption
+        self.discriminator_weight, self.corruption = discriminator_weight, corruption
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """The generator fills hidden places with what it finds likely; the encoder judges every token."""
@@ -101,7 +101,7 @@ class Electra(Method):
         told = losses.masked_cross_entropy(logits, ids, counts)
         terms = {
             "tokens": told * share.to(told.dtype),
-            "replaced": self.weight * losses.replaced_token(score, replaced, filled.pad),
+            "replaced": self.discriminator_weight * losses.replaced_token(score, replaced, filled.pad),
         }
         health = {
             "accuracy": ((logits.detach().argmax(-1) == ids) & counts).sum() / own[0].clamp(min=1),

@@ -135,7 +135,7 @@ class HuBERT(Method):
         """(B, L, F) what units are clusters of."""
         if not stage:
             return encoder.features.units_input(view.x)
-        return encoder.contextualize(encoder.features(view.x), collect="block", pad=view.pad).layers[self.layer - 1]
+        return encoder.contextualize(encoder.local(view.x), collect="block", pad=view.pad).layers[self.layer - 1]
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Units of hidden frames from all frames, hidden ones replaced."""
@@ -215,6 +215,10 @@ class Snapshot(Teacher):
     def __init__(self, student: Network, layer: int):
         super().__init__(student, constant(0.0))
         del self.network.encoder.transformer.blocks[layer:]
+
+    @property
+    def pace(self) -> None:
+        """None: no other stands still at the same updates."""
 
     def take(self, clock: Clock) -> None:
         """Equal to the student from now on."""

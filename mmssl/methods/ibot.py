@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ class IBOT(JointEmbedding):
         self.center, self.patch_center = Center(prototypes, center_momentum), Center(prototypes, center_momentum)
         self.temperature = temperature
         self.teacher_temperature, self.patch_temperature = teacher_temperature, patch_temperature
+
+    @classmethod
+    def check_mask(cls, mask: Any) -> None:
+        """One of each view."""
+        if mask.copies != 1:
+            raise ValueError("views.mask.copies: ibot takes one mask of each full-size view; set it to 1")
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """The teacher sees the two full-size views whole, the student with places hidden, and the smaller views."""

@@ -102,7 +102,7 @@ class IGPT(Method):
     def _guess(self, batch: Batch) -> tuple[Encoded, Tensor, Tensor]:
         """What the encoder gives, which places (B, n) are predicted, and how likely each colour is there, (B, n, K) logits."""
         (view,), encoder = batch.views, self.student.encoder
-        features = encoder.features(view.x)
+        features = encoder.local(view.x)
         length, device = features.shape[1], features.device
         if self.predict == "next":
             seen = encoder.contextualize(features)

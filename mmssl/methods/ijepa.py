@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmssl import losses
 from mmssl.losses import token_std
 from mmssl.methods.method import AtLeast0, Method, Normal, masked_share
@@ -37,6 +39,12 @@ class IJEPA(Method):
         self.predictor = TokenDecoder(encoder.dim, encoder.dim, encoder.features.grid, predictor)
         self.predictor.apply(init_linear)
         self.beta = beta
+
+    @classmethod
+    def check_mask(cls, mask: Any) -> None:
+        """Groups of places are wanted."""
+        if getattr(mask, "kind", None) != "multiblock":
+            raise ValueError("views.mask.kind: ijepa needs groups of places to predict; set it to multiblock")
 
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Each block apart from the others; the teacher sees the whole image."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -70,6 +70,19 @@ class Method(nn.Module):
     def rebuild(self, batch: Batch, clock: Clock) -> Rebuilt | None:
         """What the method made of what it did not see of a batch; None if it does not say it in raw values or ids."""
         return None
+
+    def methods(self) -> list[tuple[str, Method]]:
+        """The methods it is made of, by name; itself without one."""
+        return [("", self)]
+
+    @classmethod
+    def check_mask(cls, mask: Any) -> None:
+        """Whether it can learn from such masks.
+
+        Args:
+            mask: options of the masks of the modality.
+        Raises: ValueError that begins with the key.
+        """
 
     def parts(self) -> list[Part]:
         """All parts, in the order they were named."""

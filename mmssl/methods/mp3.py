@@ -45,7 +45,7 @@ class MP3(Method):
     def forward(self, batch: Batch, clock: Clock) -> StepOutput:
         """Keys or not, all tokens are asked."""
         (view,), encoder = batch.views, self.student.encoder
-        features = encoder.features(view.x)
+        features = encoder.local(view.x)
         seen = encoder.contextualize(features, pad=view.pad, attend=self._keys(view, features, batch))
         logits = self.head(seen.tokens)  # (B, L, places)
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if view.pad is None else ~view.pad

@@ -58,7 +58,7 @@ class SplitMask(CodeTargets, Method):
         (view,), encoder, samples = batch.views, self.student.encoder, len(batch.index)
         if view.mask is None or not view.mask.count:
             raise ValueError("views.mask: splitmask needs masks that hide as many patches in each row, such as kind=rectangle")
-        features = encoder.features(view.x)  # (B, L, D), shared by the halves
+        features = encoder.local(view.x)  # (B, L, D), shared by the halves
         codes = self.tokenizer(encoder.features.raw(view.x))  # (B, L)
         terms: list[Tensor] = []
         halves: list[Tensor] = []  # each (B, d)

@@ -15,6 +15,8 @@ from mmssl.types import Encoded, View
 class Backbone(nn.Module):
     """View -> Encoded, for methods that see whole views. Weights keep the names of transformers."""
 
+    passes: Any = None  # as in `Encoder`
+
     def __init__(self, model: PreTrainedModel, config: MmsslConfig):
         """Change stem and start as the configuration says. Raises: ValueError if the model is not made for it."""
         super().__init__()

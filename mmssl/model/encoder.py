@@ -49,6 +49,8 @@ def feature_class(modality: str) -> type[nn.Module]:
 class Encoder(nn.Module):
     """View -> Encoded."""
 
+    passes: Any = None  # what was computed already while several methods use it at once, see `mmssl/parts/passes.py`
+
     def __init__(
         self,
         features: Any,
@@ -106,7 +108,11 @@ class Encoder(nn.Module):
         Returns: tokens (M*B, L_visible, D) or (B, L, D), cls if there is one, the collected layers, content tokens only, and
             which tokens are padding.
         """
-        return self.contextualize(self.features(view.x), mask, collect, view.pad)
+        return self.contextualize(self.local(view.x), mask, collect, view.pad)
+
+    def local(self, x: Tensor) -> Tensor:
+        """View.x -> (B, L, D) features that do not depend on the mask."""
+        return self.features(x) if self.passes is None else self.passes.once(self.features, x)
 
     def contextualize(
         self,
@@ -122,6 +128,17 @@ class Encoder(nn.Module):
             features: (B, L, D).  pad: (B, L) bool, True = padding.
             attend: (B, L) bool, True = token that others attend to; all of them if None. For whole views.
         """
+        of = (features, mask, collect, pad, attend)
+        return self._contextualize(*of) if self.passes is None else self.passes.once(self._contextualize, *of)
+
+    def _contextualize(
+        self,
+        features: Tensor,
+        mask: Mask | None,
+        collect: Literal["ffn", "block"] | None,
+        pad: Tensor | None,
+        attend: Tensor | None,
+    ) -> Encoded:
         extra = self.transformer.extra_tokens
         tokens, bias = self.positions(features, mask, pad)
         pad = take_pad(pad, mask)

@@ -45,7 +45,7 @@ class MaskToken(nn.Module):
         hidden = view.mask.hidden  # (M*B, L)
         if self.mask_id is not None:
             return encoder.features(view.x.repeat_interleave(view.copies, 0).masked_fill(hidden, self.mask_id))
-        whole: Tensor = encoder.features(view.x) if features is None else features
+        whole: Tensor = encoder.local(view.x) if features is None else features
         return torch.where(hidden[..., None], self.vector.to(whole.dtype), whole.repeat_interleave(view.copies, 0))
 
 

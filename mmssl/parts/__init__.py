@@ -5,8 +5,21 @@ from mmssl.parts.magnitude import Magnitude
 from mmssl.parts.memory import Memory
 from mmssl.parts.network import Network
 from mmssl.parts.part import Part
+from mmssl.parts.passes import shared_passes
 from mmssl.parts.prototypes import DinoHead, Prototypes
 from mmssl.parts.queue import Queue
-from mmssl.parts.teacher import Teacher
+from mmssl.parts.teacher import Teacher, share_averages
 
-__all__ = ["Center", "DinoHead", "Magnitude", "Memory", "Network", "Part", "Prototypes", "Queue", "Teacher"]
+__all__ = [
+    "Center",
+    "DinoHead",
+    "Magnitude",
+    "Memory",
+    "Network",
+    "Part",
+    "Prototypes",
+    "Queue",
+    "Teacher",
+    "share_averages",
+    "shared_passes",
+]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.model.encoder import Encoder
+from mmssl.parts.passes import Passes
 from mmssl.types import View
 
 
@@ -29,16 +30,20 @@ class Network(nn.Module):
 
     def embed(self, view: View) -> Tensor:
         """(B, D): what is evaluated."""
-        return self.encoder.pool(self.encoder(view))
+        (h,) = self.embed_all([view])
+        return h
 
     def embed_all(self, views: Sequence[View]) -> list[Tensor]:
         """(B, D) for each view; views of one size in one pass."""
-        found: dict[int, Tensor] = {}
-        for size in dict.fromkeys(view.x.shape[1:] for view in views):
-            places = [i for i, view in enumerate(views) if view.x.shape[1:] == size]
-            both = self.embed(_together([views[i] for i in places]))
-            found.update(zip(places, both.chunk(len(places))))
-        return [found[i] for i in range(len(views))]
+        known = self.encoder.passes or Passes()
+        found = [known.get("embedding", view.x, view.pad) for view in views]
+        missing = [i for i, h in enumerate(found) if h is None]
+        for size in dict.fromkeys(views[i].x.shape[1:] for i in missing):
+            places = [i for i in missing if views[i].x.shape[1:] == size]
+            both = self.encoder.pool(self.encoder(_together([views[i] for i in places])))
+            for i, h in zip(places, both.chunk(len(places))):
+                found[i] = known.put(h, "embedding", views[i].x, views[i].pad)
+        return found
 
     def project(self, h: Tensor) -> Tensor:
         """(B, D) through the heads in the order they were named."""

@@ -19,6 +19,8 @@ from mmssl.parts.split import Split
 from mmssl.schedules import Schedule
 from mmssl.types import Clock, Encoded, View
 
+WHOLE = ("encoder.",)  # of a network, see `Teacher.follow`
+
 
 class Teacher(Part):
     """An fp32 average of a network, in eval mode, that no engine, optimizer or `train()` call ever touches.
@@ -78,8 +80,15 @@ class Teacher(Part):
         Args:
             features: (B, L, D) of the student; read only if they are shared.
         """
-        own = features.detach() if self.shares and features is not None else self.encoder.features(view.x)
-        return self.encoder.contextualize(own, collect=collect, pad=view.pad)
+        given, passes = features if self.shares else None, self.encoder.passes
+        of = (view.x, view.pad, given, collect)
+        return self._encode(self.encoder, *of) if passes is None else passes.once(self._encode, self.encoder, *of)
+
+    @staticmethod
+    def _encode(
+        encoder: Encoder, x: Tensor, pad: Tensor | None, given: Tensor | None, collect: Literal["ffn", "block"] | None
+    ) -> Encoded:
+        return encoder.contextualize(encoder.local(x) if given is None else given.detach(), collect=collect, pad=pad)
 
     @torch.no_grad()
     def embed(self, view: View) -> Tensor:
@@ -101,17 +110,37 @@ class Teacher(Part):
         """As `Network.project_all`."""
         return self.network.project_all(h)
 
+    @property
+    def pace(self) -> tuple[Any, ...] | None:
+        """What decides how far it moves in each update, the same for teachers that could be one; None: of its own."""
+        steady = self.momentum.start == self.momentum.end and not self.momentum.warmup
+        return (self.momentum.start,) if steady else (self.momentum, self.lag)
+
     def follow(self, other: Teacher) -> None:
-        """Use the trunk that another teacher averages from now on; for students that share theirs."""
-        self.network.encoder.transformer.share(other.network.encoder.transformer)
-        self.elsewhere = tuple(f"encoder.transformer.{name}." for name in SHARED)
+        """Use what another teacher of the same pace averages from now on: the encoder if it is of the same student and treated
+        alike, or else its trunk, for students that share theirs.
+        """
+        if self.elsewhere == WHOLE:  # the one that keeps it follows by itself
+            return
+        mine, theirs = self.network.encoder, other.network.encoder
+        if self.student.encoder is other.student.encoder and self._treatment == other._treatment:
+            self.network.encoder, self.elsewhere = theirs, WHOLE
+        elif isinstance(mine, Encoder):
+            mine.transformer.share(theirs.transformer)
+            self.elsewhere = tuple(f"encoder.transformer.{name}." for name in SHARED)
+
+    @property
+    def _treatment(self) -> tuple[Any, ...]:
+        """What becomes of which part of the encoder."""
+        return self.shares, self.copied, {name for name in self.kept if name.startswith(WHOLE)}
 
     def split(self) -> None:
         """Keep only this rank's part of the averaged weights from now on, see `Split`; for networks too large for each rank to
         have one more. What another teacher averages is split by that one.
         """
-        if world() > 1 and self.parts is None:
-            self.parts = Split(self.network, [*self._own(dict(self.network.named_parameters()))])
+        own = [*self._own(dict(self.network.named_parameters()))]
+        if world() > 1 and self.parts is None and own:
+            self.parts = Split(self.network, own)
 
     def _tensors(self) -> dict[str, Any]:
         """All weights and buffers that are its own, whole; a collective if they are split."""
@@ -134,6 +163,8 @@ class Teacher(Part):
     def health(self, clock: Clock) -> dict[str, float]:
         """tau, and the length of both weight vectors (of what is averaged here)."""
         own = self._own(dict(self.network.named_parameters()))
+        if not own:
+            return {"momentum": self._tau(clock)}
         squares = torch.zeros(2, dtype=torch.float64, device=next(iter(own.values())).device)
         whole = squares.clone()
         parts: dict[str, Tensor] = {} if self.parts is None else self.parts.parts
@@ -167,11 +198,12 @@ class Teacher(Part):
                 student_slices.append(master)
             else:
                 part.copy_(master)
-        torch._foreach_lerp_(teacher_slices, student_slices, 1 - tau)
+        if teacher_slices:
+            torch._foreach_lerp_(teacher_slices, student_slices, 1 - tau)
         if self.parts is None:
             share_slices([p.data for p in own.values()], split)
         buffers = dict(self.student.named_buffers())
-        for name, mine in self.network.named_buffers():
+        for name, mine in self._own(dict(self.network.named_buffers())).items():
             if name not in self.kept:
                 mine.copy_(buffers[name])
 
@@ -218,3 +250,11 @@ class Teacher(Part):
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin
+
+
+def share_averages(teachers: Sequence[Teacher]) -> None:
+    """Let each use what an earlier one of the same pace averages already."""
+    for i, teacher in enumerate(teachers):
+        leader = next((one for one in teachers[:i] if one.pace is not None and one.pace == teacher.pace), None)
+        if leader is not None:
+            teacher.follow(leader)

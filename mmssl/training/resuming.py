@@ -95,8 +95,8 @@ def _free(key: str) -> bool:
 
 
 def _weighs(key: str) -> bool:
-    """Whether a key says what the loss of one kind of data counts, which may change from some update on."""
-    return re.fullmatch(r"modalities\.\w+\.weight", key) is not None
+    """Whether a key says what the loss of one kind of data or method counts, which may change from some update on."""
+    return re.fullmatch(r"modalities\.\w+\.weight|(modalities\.\w+\.)?method\.\w+\.weight", key) is not None
 
 
 def within(key: str, blocks: Collection[str]) -> bool:

@@ -18,17 +18,20 @@ def model_state(objective: Objective | JointObjective) -> dict[str, Tensor]:
     """Name -> whole fp32 tensor on the CPU, teacher included; where that is the trained tensor itself, before the next update.
     A collective under ZeRO-3.
     """
-    state = _each_once(objective.state_dict(keep_vars=True))
+    state = _each_once(objective)
     for name, parameter in objective.named_parameters():
         if is_partitioned(parameter):
             state[name] = full_value(parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By its first name, what several encoders share."""
+def _each_once(objective: Objective | JointObjective) -> dict[str, Tensor]:
+    """Its tensors; by its first name, what several encoders or methods share."""
+    state, modules = objective.state_dict(keep_vars=True), {}
+    again = [n for n, module in objective.named_modules(remove_duplicate=False) if modules.setdefault(module, n) != n]
+    other_names = tuple(f"{name}." for name in again)  # a module may give tensors that are made anew for each name
     first = {id(tensor): name for name, tensor in reversed(state.items())}
-    return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
+    return {name: t for name, t in state.items() if first[id(t)] == name and not name.startswith(other_names)}
 
 
 def load_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor], added: Collection[str] = ()) -> None:
@@ -37,7 +40,7 @@ def load_model_state(objective: Objective | JointObjective, saved: dict[str, Ten
     Args:
         added: members that the checkpoint does not know, and that stay as they are.
     """
-    own = _each_once(objective.state_dict(keep_vars=True))
+    own = _each_once(objective)
     own = {n: t for n, t in own.items() if n in saved or not n.startswith(tuple(f"members.{name}." for name in added))}
     wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
     wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]

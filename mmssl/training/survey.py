@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.nn import Module
 from transformers import TrainingArguments
 
 from mmssl.config import Recipe, keyed
@@ -116,12 +117,18 @@ def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = Tru
 def never_begun(method: Method, steps: int, epoch_steps: int) -> list[str]:
     """What is to begin after some passes, in a run that has fewer."""
     found = []
-    for name, module in method.named_modules():
+    for place, name, module in _modules(method):
         for key in ("freeze_epochs", "queue_from_epoch"):
             if steps <= vars(module).get(key, 0) * epoch_steps:
                 what = f"{name} is never trained" if key == "freeze_epochs" else "queues are never used"
-                found.append(f"method.{key}: {vars(module)[key]}, the run has {steps / epoch_steps:.2g} passes; {what}")
+                found.append(f"{place}.{key}: {vars(module)[key]}, the run has {steps / epoch_steps:.2g} passes; {what}")
     return found
+
+
+def _modules(method: Method) -> Iterator[tuple[str, str, Module]]:
+    """Block of the recipe, name and module, of all of a method and of each that it is made of."""
+    for own, one in method.methods():
+        yield from ((f"method.{own}".rstrip("."), name, module) for name, module in one.named_modules())
 
 
 def check_stream(method: Method, recipe: Recipe, key: str = "data.streaming", what: str = "a stream") -> None:
@@ -130,12 +137,14 @@ def check_stream(method: Method, recipe: Recipe, key: str = "data.streaming", wh
         raise RecipeError(
             f"{key}: this method keeps something for every sample; it needs data of known size, gone through alone."
         )
-    for name, module in method.named_modules():
-        for key, value in vars(module).items():
-            if key in ("freeze_epochs", "queue_from_epoch") and value:
-                where = f", and {name} would never be trained" if key == "freeze_epochs" else ""
-                raise RecipeError(f"method.{key}: {value}, {what} has no passes{where}; set it to 0.")
+    for place, name, module in _modules(method):
+        for option, value in vars(module).items():
+            if option in ("freeze_epochs", "queue_from_epoch") and value:
+                where = f", and {name} would never be trained" if option == "freeze_epochs" else ""
+                raise RecipeError(f"{place}.{option}: {value}, {what} has no passes{where}; set it to 0.")
             if isinstance(value, Schedule) and value.by == "epoch" and value.start != value.end:
-                raise RecipeError(f"method.{key}: changes by the epoch, and {what} has none; set it to a number, or by: step.")
+                raise RecipeError(
+                    f"{place}.{option}: changes by the epoch, and {what} has none; set it to a number, or by: step."
+                )
     if recipe.optim.by == "epoch":
         raise RecipeError(f"optim.by: epoch, and {what} has none; set it to step, with warmup and hold in updates.")

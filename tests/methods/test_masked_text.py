@@ -403,7 +403,7 @@ def test_two_ranks_equal_one_process(name, ranks):
         ("mlm", ["views.mask.kind=words"], r"views\.mask\.kind: found 'words'"),
         ("electra", ["method.generator=1.5"], r"method\.generator: 1\.5, must be a share"),
         ("electra", ["method.generator=0"], r"method\.generator: found 0"),
-        ("electra", ["method.weight=-1"], r"method\.weight: found -1"),
+        ("electra", ["method.discriminator_weight=-1"], r"method\.discriminator_weight: found -1"),
         ("causal_lm", ["model.causal=false"], r"model\.causal: false, and causal_lm would see"),
         ("causal_lm", ["model.extra_tokens=1"], r"model\.extra_tokens: 1, but a text begins"),
         ("causal_lm", ["views.mask={}"], r"views\.mask: causal_lm sees whole views; leave it out"),
