@@ -19,6 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import pyarrow
+import pyarrow.parquet
+
 from mmssl.config import shipped_recipes
 from mmssl.evaluate.probe import probe
 from mmssl.methods import METHODS
@@ -57,6 +61,8 @@ LONGER = {  # the best of a modality, more updates of it, and pictures on the wa
     "text-causal_lm": ("train.steps=2400", "watch.every=600", "save.every=600"),
 }
 FOLDER = Path("runs/results")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+HELD_OUT = 5  # speaker whose recordings `fsdd-pairs` keeps for the test
 
 
 def masked() -> dict[str, Result]:
@@ -80,6 +86,19 @@ def longer() -> dict[str, Result]:
         )
         for name, words in LONGER.items()
     }
+
+
+def spoken(data: Path, table: Path) -> None:
+    """Recordings of digits beside their words, without one speaker, whose recordings are all in the split `test`."""
+    parts = [pyarrow.parquet.read_table(file) for file in sorted(data.glob("*.parquet"))]
+    whole = datasets.Dataset(pyarrow.concat_tables(parts).replace_schema_metadata())
+    digits = whole.with_format("arrow")["label"][:].to_pylist()
+    whole = whole.remove_columns("label").add_column("text", [DIGITS[digit] for digit in digits])  # type: ignore[call-arg]
+    whole = whole.add_column("label", digits).cast_column("label", datasets.ClassLabel(names=[*DIGITS]))  # type: ignore[call-arg]
+    table.mkdir(parents=True, exist_ok=True)
+    for name, held in (("test", True), ("train", False)):
+        rows = [i for i, speaker in enumerate(whole["speaker"]) if (speaker == HELD_OUT) == held]
+        whole.select(rows).to_parquet(table / f"{name}.parquet")
 
 
 def finished(run: Path) -> bool:

@@ -14,11 +14,11 @@ from mmssl.types import Clock
 class Joint(Method):
     """What is asked of a method between forward passes, asked of each; metrics of a member are called MEMBER.METRIC.
 
-    The trunk of all students is one, and so is that of all teachers that follow it alike.
+    Where the trunk of all students is one, so is that of all teachers that follow it alike.
     """
 
     def __init__(self, members: Mapping[str, Method]):
-        """members: built on encoders that share a trunk, which is named after the first."""
+        """members: built on encoders that may share a trunk, which is then named after the first."""
         super().__init__()
         self.members = nn.ModuleDict(dict(members))
         self.normal = tuple(  # type: ignore[misc]
@@ -26,7 +26,8 @@ class Joint(Method):
         )
         teachers = [part for method in members.values() for part in method.children() if isinstance(part, Teacher)]
         for teacher in teachers[1:]:
-            if (teacher.momentum, teacher.lag) == (teachers[0].momentum, teachers[0].lag):
+            alike = (teacher.momentum, teacher.lag) == (teachers[0].momentum, teachers[0].lag)
+            if alike and _trunk(teacher) is _trunk(teachers[0]):
                 teacher.follow(teachers[0])
 
     def health(self, clock: Clock) -> dict[str, float]:
@@ -49,3 +50,9 @@ class Joint(Method):
 
     def _each(self) -> list[tuple[str, Method]]:
         return [(name, method) for name, method in self.members.items() if isinstance(method, Method)]
+
+
+def _trunk(teacher: Teacher) -> nn.Module:
+    """The blocks that a teacher averages; all of an encoder that has no shared transformer."""
+    encoder = teacher.student.encoder
+    return encoder.transformer.blocks if hasattr(encoder, "transformer") else encoder

@@ -21,6 +21,7 @@ from mmssl.training.launch import launched, main_first, out, training_arguments,
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.outcome import leave, record_failure
+from mmssl.training.pairs import Crossing, check_pairs
 from mmssl.training.peers import Peers
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
@@ -78,6 +79,8 @@ def prepare(
     with Signals(lambda _: leave(folder, peers)), unpartitioned():
         try:
             members = [Member(name, one, args) for name, one in recipe.members.items()]  # before the folder
+            if isinstance(recipe, JointRecipe) and recipe.bind:
+                check_pairs(members, recipe.bind)
             peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
             going_on = resume and has_saved(folder)
             return Run(recipe, args, members, folder, peers, going_on, trainer, allow_changed)
@@ -121,10 +124,13 @@ class Run:
             )
         self.objective: Objective | JointObjective
         self.quarantine: Quarantine
+        self.crossing: Crossing | None = None
         if isinstance(recipe, JointRecipe):
             methods, given = recipe.build(), recipe.modalities
             learned = {m.name: m.learn(methods[m.name], folder, resume, given[m.name].weight) for m in members}
-            self.objective, self.quarantine = JointObjective(learned), Quarantines([m.quarantine for m in members])
+            binding = recipe.bind.build() if recipe.bind else None
+            self.crossing = Crossing(members, recipe.bind) if recipe.bind else None
+            self.objective, self.quarantine = JointObjective(learned, binding), Quarantines([m.quarantine for m in members])
         else:
             self.objective = members[0].learn(members[0].recipe.build(), folder, resume)
             self.quarantine = members[0].quarantine
@@ -228,7 +234,8 @@ class Run:
         record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
     def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
-        return {name: value for member in self.members for name, value in member.measure(trainer).items()}
+        found = {name: value for member in self.members for name, value in member.measure(trainer).items()}
+        return found | (self.crossing.measure(trainer) if self.crossing else {})
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         views = {member.name: member.views for member in self.members}
