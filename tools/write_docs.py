@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from mmssl.config import recipe_class, shipped_recipes
 from mmssl.config.joint import MemberOptions
+from mmssl.config.pairs import BindOptions
 from mmssl.config.recipe import BLOCKS
 from mmssl.methods import METHODS
 from mmssl.registry import modalities
@@ -51,6 +52,11 @@ its own; what stands in these blocks beside it holds for all, unless a member sa
 each member's own. Teachers of equal momentum share their trunk, too. Each update has samples of all members,
 `train.global_batch` of them by their shares; the loss is the sum of theirs, times their weights.
 `recipes/multimodal/data2vec2-demo.yaml` is an example.
+
+"""
+PAIRS = """
+`share_trunk: false` gives each member a transformer of its own, of any shape. The block `bind` holds together those whose
+method is bind: rows of one table are pairs, see [multimodal.md](multimodal.md#pairs).
 
 """
 HEAD = "| key | type | default | |\n|---|---|---|---|\n"
@@ -146,6 +152,7 @@ def documents() -> dict[Path, str]:
                 "\n### model, with a model of transformers (`model.backbone`), images\n\n" + HEAD + "\n".join(wrapped) + "\n"
             )
     text += SEVERAL + HEAD + "\n".join(rows(MemberOptions, "modalities.NAME.")) + "\n"
+    text += PAIRS + HEAD + "\n".join(rows(BindOptions, "bind.")) + "\n"
     schema = json.dumps(recipe.model_json_schema(), indent=1) + "\n"
     return {ROOT / "docs" / "recipes.md": text, ROOT / "docs" / "recipe.schema.json": schema}
 
