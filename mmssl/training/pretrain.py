@@ -158,7 +158,7 @@ class Run:
             self.epoch_steps,
             self._loader,
             self.progress.report,
-            self._measure,
+            self.measure,
             self._save,
             self.quarantine,
             self.start,
@@ -233,7 +233,8 @@ class Run:
         """Leave the cause of a failure in status.json."""
         record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
-    def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+    def measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+        """Pictures, and the metrics of all members and of what binds them; a collective."""
         found = {name: value for member in self.members for name, value in member.measure(trainer).items()}
         return found | (self.crossing.measure(trainer) if self.crossing else {})
 

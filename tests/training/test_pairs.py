@@ -20,6 +20,7 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate.crossing import recall
 from mmssl.methods.bind import WARMEST, Binding
 from mmssl.training import checkpoint
+from mmssl.training.measure import measure
 from mmssl.training.objective import JointObjective
 from mmssl.training.pretrain import prepare, pretrain
 from mmssl.types import Clock
@@ -141,7 +142,9 @@ def test_a_few_updates_name_shades_and_find_other_sides(folder, tmp_path):
 def test_the_probe_is_what_a_hand_finds(folder, whole, tmp_path):
     run = prepare(recipe(folder, tmp_path / "run"))
     run.objective.load_state_dict(tensors(whole), strict=False)
-    found = run._measure(run.trainer)
+    found = measure(whole)
+    (logged,) = lines(whole, "probe/vision.test/zeroshot")
+    assert found == pytest.approx({name: logged[name] for name in found}, rel=1e-4)
     vision, text = run.members
     test = pyarrow.parquet.read_table(folder / "pairs" / "test.parquet").to_pydict()
     run.objective.eval()
