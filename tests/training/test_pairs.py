@@ -18,14 +18,12 @@ from mmssl import load_encoder, losses
 from mmssl.config import JointRecipe, Recipe, load_recipe
 from mmssl.errors import RecipeError
 from mmssl.evaluate.crossing import recall
-from mmssl.methods.bind import WARMEST, Binding
 from mmssl.training import checkpoint
 from mmssl.training.measure import measure
 from mmssl.training.objective import JointObjective
 from mmssl.training.pretrain import prepare, pretrain
-from mmssl.types import Clock
+from mmssl.types import Batch, Clock, View
 from modalities.text.tokenizer import train as train_tokenizer
-from tests.ranks import on_two_ranks
 
 RECIPE = """\
 modalities:
@@ -193,6 +191,19 @@ def test_a_frozen_encoder_has_no_dropout(folder, tmp_path):
     assert not any(module.training for module in method.student.encoder.modules())
 
 
+def test_models_of_transformers_are_bound_as_they_are(folder, tmp_path):
+    backbone = "modalities.vision.model={backbone: resnet18, image_size: 32, stem: small}"
+    with pytest.raises(RecipeError, match=r"vision\.model\.backbone: a model of transformers has no trunk .*share_trunk=false"):
+        recipe(folder, tmp_path, backbone)
+    method = recipe(folder, tmp_path, backbone, "share_trunk=false").build()["vision"]
+    view = View(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "vision")
+    out = method(Batch([view], torch.arange(2)), Clock())
+    assert out.losses == {}
+    assert out.bound is not None
+    assert tuple(out.bound.shape) == (2, 16)
+    assert out.bound.requires_grad
+
+
 # Rows that are no pairs ----------------------------------------------------------------------------------------------
 
 
@@ -236,57 +247,6 @@ def test_a_run_resumes_to_the_same_bits(whole, tmp_path):
     assert mine.keys() == theirs.keys()
     assert "binding.scale" in mine
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-
-
-def bound(rank: int | None, loss: str, start: float) -> dict[str, torch.Tensor]:
-    """Loss and gradients of a binding of three kinds of data for the rows of a rank, or for all."""
-    draw = torch.Generator().manual_seed(0)
-    weights = torch.randn(3, 6, 5, generator=draw, dtype=torch.float64)
-    x = torch.randn(3, 8, 6, generator=draw, dtype=torch.float64)
-    index = torch.arange(8).repeat(3, 1)
-    index[1, 3], index[2, 6] = 5, 0  # replaced
-    content = torch.stack([torch.arange(8), torch.arange(8) % 3, torch.arange(8) + 10])
-    rows = slice(rank, None, 2) if rank is not None else slice(None)
-    names, binding = ("a", "b", "c"), Binding(loss, start).double()
-    weights.requires_grad_()
-    z = {name: (x[i] @ weights[i])[rows] for i, name in enumerate(names)}
-    ids, same = ({name: t[i][rows] for i, name in enumerate(names)} for t in (index, content))
-    out = binding(z, ids, same)
-    total = torch.stack([value for name, value in out.items() if name.startswith("loss/")]).sum()
-    inputs = [weights, *binding.parameters()]
-    return {"loss": total.detach(), **{str(i): g for i, g in enumerate(torch.autograd.grad(total, inputs))}}
-
-
-def both(rank: int) -> list[dict[str, torch.Tensor]]:
-    return [bound(rank, *case) for case in CASES]
-
-
-CASES = [("infonce", 0.2), ("sigmoid", 0.1), ("infonce", 0.01)]
-
-
-@pytest.mark.distributed
-def test_a_binding_of_two_ranks_is_that_of_one(tmp_path):
-    for case, first, second in zip(CASES, *on_two_ranks(both, folder=tmp_path), strict=True):
-        for name, expected in bound(None, *case).items():
-            assert_close((first[name] + second[name]) / 2, expected, rtol=1e-9, atol=1e-12, msg=f"{case} {name}")
-
-
-def test_the_scale_never_rises_above_its_cap_and_comes_back():
-    binding = Binding("infonce", 0.01)
-    z = {"a": torch.eye(4), "b": torch.eye(4)}
-    ids = {name: torch.arange(4) for name in z}
-
-    def gradient(b: torch.Tensor) -> float:
-        binding.zero_grad()
-        out = binding({"a": z["a"], "b": b}, ids, ids)
-        assert float(out["health/scale"]) == pytest.approx(100, rel=1e-5)
-        out["loss/a-b"].backward()
-        return float(binding.scale.grad)
-
-    assert tuple(binding.scale.shape) == (1,)
-    binding.scale.data.fill_(WARMEST + 0.5)
-    assert gradient(torch.eye(4) + 30.0) == 0  # right: it would rise
-    assert gradient(torch.eye(4)[[1, 2, 3, 0]]) > 0  # wrong: it falls again
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
