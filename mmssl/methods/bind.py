@@ -31,6 +31,7 @@ class Bind(JointEmbedding):
     """
 
     paper, coverage = "arXiv:2103.00020", ()
+    modalities = ("vision", "speech", "spectrogram", "text")
     views = 1
     pairs = True
 
