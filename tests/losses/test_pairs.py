@@ -59,7 +59,7 @@ def test_siglip_is_a_sum_of_choices_for_each_pair(treat):
 
 def test_losses_are_those_of_transformers():
     z1, z2, scale, bias = drawn(6, 4), drawn(6, 4, seed=1), torch.tensor([9.0]).double(), torch.tensor([-3.0]).double()
-    logits = torch.tensor(cosines(z2, z1)).double() * scale  # per text, as theirs
+    logits = torch.tensor(cosines(z2, z1), dtype=torch.float64) * scale  # per text, as theirs
     assert_close(losses.clip(z1, z2, scale), image_text_contrastive_loss(logits), rtol=1e-12, atol=0)
     signs = 2 * torch.eye(6, dtype=torch.float64) - 1
     theirs = -(signs * (logits + bias)).sigmoid().log().sum(-1).mean()  # as in SiglipModel.forward
