@@ -139,6 +139,7 @@ class StepOutput(NamedTuple):
     losses: dict[str, Tensor]  # weighted scalars; their sum is back-propagated and is the logged loss
     health: dict[str, Tensor] = {}  # detached scalars, logged only
     embedding: Tensor | None = None  # (B, D) detached, one row a sample: what the online linear probe learns from
+    bound: Tensor | None = None  # (B, F) with gradient: what is compared with the same rows of other kinds of data
 
 
 class Rebuilt(NamedTuple):

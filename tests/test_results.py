@@ -37,8 +37,8 @@ def test_the_table_has_a_line_for_each_network(tmp_path):
     (tmp_path / "probe.json").write_text('{"random": {"knn": 0.25}, "model": {"knn": 0.5, "linear": 0.75, "left_out": 0.5}}')
     (tmp_path / "cost.json").write_text('{"cpu_seconds": 61.4}')
     assert [*row("text-mlm", tmp_path)] == [
-        "| text-mlm | random | 25.0 |  |  |  |",
-        "| text-mlm | model | 50.0 | 75.0 | 50.0 | 61 |",
+        "| text-mlm | random | 25.0 |  |  |  |  |",
+        "| text-mlm | model | 50.0 | 75.0 | 50.0 |  | 61 |",
     ]
 
 

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from mmssl.cli.list import recipes
 from mmssl.config import recipe_class
 from mmssl.config.joint import MemberOptions
+from mmssl.config.pairs import BindOptions
 from mmssl.config.recipe import BLOCKS
 from mmssl.methods import METHODS
 from mmssl.registry import modalities
@@ -60,6 +61,11 @@ COMBINED = """
 
 Several methods on the same samples, see [methods.md](methods.md#several-methods-at-once). The block has a block for each of
 them, `method.NAME`, with the options of that method and one more:
+
+"""
+PAIRS = """
+`share_trunk: false` gives each member a transformer of its own, of any shape. The block `bind` holds together those whose
+method is bind: rows of one table are pairs, see [multimodal.md](multimodal.md#pairs).
 
 """
 HEAD = "| key | type | default | |\n|---|---|---|---|\n"
@@ -162,6 +168,7 @@ def documents() -> dict[Path, str]:
                 "\n### model, with a model of transformers (`model.backbone`), images\n\n" + HEAD + "\n".join(wrapped) + "\n"
             )
     text += SEVERAL + HEAD + "\n".join(rows(MemberOptions, "modalities.NAME.")) + "\n"
+    text += PAIRS + HEAD + "\n".join(rows(BindOptions, "bind.")) + "\n"
     schema = json.dumps(recipe.model_json_schema(), indent=1) + "\n"
     return {ROOT / "docs" / "recipes.md": text, ROOT / "docs" / "recipe.schema.json": schema}
 

@@ -26,6 +26,7 @@ VERBS = {
     "status": "how a run stands: mmssl status RUN",
     "replay": "the batch of an update that was not applied, sample by sample",
     "probe": "k-NN and linear accuracy of a model on labelled data",
+    "measure": "the probes of a run again: mmssl measure RUN [key=value ...]",
     "export": "write the encoder of a run as a model folder",
     "push": "send the encoder of a run to the Hub: mmssl push RUN ORG/NAME",
     "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",

@@ -77,6 +77,7 @@ def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
     whole = {name: core.pop(name) for name in ("stem", "zero_init")}
     fields: dict[str, Any] = {
         "init": (str | None, Field(None, description="Folder or Hub id of a model of the same shape to start from.")),
+        "freeze": (bool, Field(False, description="Train nothing of the encoder; for bind, with share_trunk=false.")),
         "backbone": (str | None, Field(None, description="Model type of transformers, or resnet18, resnet34, resnet50.")),
     }
     if not wrapped:

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from mmssl.config.blocks import Options, WatchOptions
 from mmssl.config.messages import explain, nearest, told
+from mmssl.config.pairs import BindOptions, conflicts
 from mmssl.config.recipe import BLOCKS, MODALITIES, Recipe, Settings, read_recipe, refused
 
 if TYPE_CHECKING:
@@ -44,12 +45,17 @@ class MemberOptions(Options):
 
 
 class JointRecipe(Settings):
-    """A run of several kinds of data. `modalities` names each, with the blocks `data, model, method, views`."""
+    """A run of several kinds of data. `modalities` names each, with the blocks `data, model, method, views`.
+
+    `bind` holds those together whose rows are pairs.
+    """
 
     modalities: dict[str, MemberOptions] = Field(min_length=1)
     balance: Literal["weight", "magnitude"] = Field(
         "weight", description="magnitude: losses are divided by their running means, before weights multiply them."
     )
+    share_trunk: bool = Field(True, description="One transformer for all; otherwise each member has its own, of any shape.")
+    bind: BindOptions | None = Field(None, description="How members whose method is bind are held together.")
     _members: dict[str, Recipe] = PrivateAttr(default_factory=dict)
 
     @property
@@ -58,12 +64,17 @@ class JointRecipe(Settings):
         return self._members
 
     def build(self) -> dict[str, Method]:
-        """The trainable modules, on one trunk: that of the first."""
+        """The trainable modules, on one trunk, that of the first, if they share it."""
         found: dict[str, Method] = {}
         for name, recipe in self.members.items():
-            trunk = next((method.student.encoder.transformer for method in found.values()), None)
+            trunk = next((method.student.encoder.transformer for method in found.values() if self.share_trunk), None)
             found[name] = recipe.build(trunk)
         return found
+
+    @property
+    def bound(self) -> dict[str, Recipe]:
+        """The members whose rows are pairs."""
+        return {name: recipe for name, recipe in self.members.items() if recipe.paired}
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str = "recipe") -> JointRecipe:
@@ -93,6 +104,8 @@ class JointRecipe(Settings):
                     setattr(member, block, getattr(found[name], block).model_dump(mode="json"))
                 member.watch = found[name].watch.model_dump(mode="json", include={*PROBED})
             problems = recipe.conflicts()
+            if recipe.bound and recipe.bind is None:
+                recipe.bind = BindOptions()
         if recipe is None or problems:
             raise refused(where, problems)
         return recipe
@@ -102,10 +115,15 @@ class JointRecipe(Settings):
         found = []
         configs = {name: recipe.config() for name, recipe in self.members.items()}
         for name, recipe in self.members.items():
-            if recipe.wrapped:
-                return [f"{MODALITIES}.{name}.model.backbone: a model of transformers has no trunk to share; leave it out"]
+            if recipe.wrapped and self.share_trunk:
+                return [
+                    f"{MODALITIES}.{name}.model.backbone: a model of transformers has no trunk to share; leave it out, or set "
+                    "share_trunk=false"
+                ]
+            if self.share_trunk and recipe.model.freeze:  # type: ignore[attr-defined]
+                found.append(f"{MODALITIES}.{name}.model.freeze: its transformer is that of all members; set share_trunk=false")
         (first, one), *others = configs.items()
-        for name, other in others:
+        for name, other in others if self.share_trunk else ():
             unlike = [key for key in TRUNK if getattr(one, key) != getattr(other, key)]
             found += [
                 f"model.{key}: {getattr(one, key)!r} for {first} and {getattr(other, key)!r} for {name}; the transformer that "
@@ -118,7 +136,9 @@ class JointRecipe(Settings):
             found.append("train.epochs: passes over several data sets are of unlike length; give train.steps instead")
         if self.optim.by == "epoch":
             found.append("optim.by: epoch, and a run of several data sets has none; set it to step")
-        return found
+        if "bind" in self.members:
+            found.append(f"{MODALITIES}.bind: metrics of the binding have this name; take another")
+        return found + conflicts(self.bind, self.bound, {name: member.share for name, member in self.modalities.items()})
 
 
 def shares(recipe: JointRecipe) -> tuple[dict[str, dict[str, int]], list[str]]:

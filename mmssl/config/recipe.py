@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 MODALITIES = "modalities"  # block of recipes for several kinds of data, see mmssl/config/joint.py
-BLOCKS = ("out", MODALITIES, "balance", "data", "model", "method", "views", "optim", "train", "watch", "save")
+BLOCKS = (
+    *("out", MODALITIES, "balance", "share_trunk", "bind"),
+    *("data", "model", "method", "views", "optim", "train", "watch", "save"),
+)
 
 
 def _block(kind: type[Options]) -> Any:
@@ -153,6 +156,13 @@ class Recipe(Settings):
         """Whether the encoder is a model of transformers as it is, instead of the shared transformer."""
         return getattr(self.model, "backbone", None) is not None
 
+    @property
+    def paired(self) -> bool:
+        """Whether its rows are compared with the same rows of other kinds of data."""
+        from mmssl.methods import METHODS
+
+        return METHODS[self.method.name].pairs  # type: ignore[attr-defined]
+
     def conflicts(self) -> list[str]:
         """Combinations that cannot work, found by building model and views without memory."""
         import torch
@@ -166,6 +176,8 @@ class Recipe(Settings):
             return [f"model.backbone: {name} hides tokens, which the shared transformer alone can do; leave it out"]
         if self.wrapped and getattr(self.views, "mask", None) is not None:
             problems.append("views.mask: a backbone sees whole views; leave it out, or model.backbone")
+        if self.model.freeze and not chosen.pairs:  # type: ignore[attr-defined]
+            problems.append(f"model.freeze: {name} would have no encoder to train; leave it out")
         if chosen.masks and getattr(self.views, "mask", None) is None:
             problems.append(f"views.mask: {name} learns from hidden tokens; give views.mask={{}} or a ratio")
         with torch.device("meta"):
@@ -220,7 +232,7 @@ class Recipe(Settings):
         from mmssl.model import library
         from mmssl.model.configuration import MmsslConfig
 
-        options = self.model.model_dump(exclude={"init", "freeze_features"})
+        options = self.model.model_dump(exclude={"init", "freeze", "freeze_features"})
         if self.wrapped:
             return library.configuration(self.data.modality, **options)
         return MmsslConfig(modality=self.data.modality, **options)
@@ -230,6 +242,8 @@ class Recipe(Settings):
         from mmssl.model.norm import synchronised
 
         encoder = build_encoder(self.config())
+        if self.model.freeze:  # type: ignore[attr-defined]
+            encoder.requires_grad_(False)
         if isinstance(encoder, Backbone):
             return synchronised(encoder)
         if self.model.freeze_features:  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sampler import Keys
-from mmssl.data.sources import SHARD_ROWS, Source
+from mmssl.data.sources import SHARD_ROWS, Source, content_key
 from mmssl.errors import DataError, RecipeError
 from mmssl.random import generator, key, permutation
 from mmssl.registry import Modality, Views
@@ -40,10 +40,11 @@ class _Keyed:
         self.source, self.kind, self.views, self.seed, self.quarantine = source, kind, views, seed, quarantine
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """`Batch.tensors()` of the samples' views, and label (B,) int64, -1 = none."""
-        views = self.views.collate([{k: v for k, v in sample.items() if k not in ("index", "label")} for sample in samples])
-        index, label = (torch.tensor([sample[name] for sample in samples]) for name in ("index", "label"))
-        return Batch(views, index).tensors() | {"label": label}
+        """`Batch.tensors()` of the samples' views, label (B,) int64, -1 = none, and of pairs content (B,) int64."""
+        apart = ("index", "label", *["content"] * self.source.paired)
+        views = self.views.collate([{k: v for k, v in sample.items() if k not in apart} for sample in samples])
+        index, *rest = (torch.tensor([sample[name] for sample in samples]) for name in apart)
+        return Batch(views, index).tensors() | dict(zip(apart[1:], rest, strict=True))
 
     def _sample(self, place: Any) -> dict[str, Any]:
         """The sample at that place, or the first good one of its substitutes. Raises: DataError if none is good.
@@ -135,7 +136,9 @@ class KeyedDataset(_Keyed, Dataset):
 
     def _at(self, place: tuple[int, ...]) -> dict[str, Any]:
         epoch, index, *length = place
-        return self._viewed(self.source.value(index), self.source.label_at(index), index, (epoch, index), *length)
+        value = self.source.value(index)
+        found = self._viewed(value, self.source.label_at(index), index, (epoch, index), *length)
+        return found | {"content": content_key(value)} if self.source.paired else found
 
 
 class _Row(NamedTuple):

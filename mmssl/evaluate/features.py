@@ -13,7 +13,7 @@ from mmssl import random
 from mmssl.config import DataOptions, WatchOptions
 from mmssl.data.dataset import start_worker
 from mmssl.data.loading import Restarting
-from mmssl.data.sources import Source, open_source, splits
+from mmssl.data.sources import Source, content_key, open_source, splits
 from mmssl.distributed import gather_rows, rank, world
 from mmssl.errors import DataError, RecipeError
 from mmssl.registry import Modality, Views
@@ -33,20 +33,22 @@ class PlainSet(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """The decoded `sample`, its `raw` values (n,), `index`, `label` and `valid`."""
+        """The decoded `sample`, its `raw` values (n,), `content`, `index`, `label` and `valid`."""
         for attempt in range(100):
             index = self.indices[(position + attempt) % len(self.indices)]
             try:
-                sample = self.kind.decode(self.source.value(index))
+                value = self.source.value(index)
+                sample = self.kind.decode(value)
             except Exception as error:  # whatever a decoder meets, it is about this sample; training quarantines it
                 reason = f"{self.source.identity(index)}: {error}"
                 continue
             label = self.source.label_at(index)
-            return {"sample": sample, "raw": self.kind.raw(sample), "index": index, "label": label, "valid": not attempt}
+            known = {"index": index, "label": label, "content": content_key(value), "valid": not attempt}
+            return {"sample": sample, "raw": self.kind.raw(sample), **known}
         raise DataError(f"The probes find no readable sample; the last one tried was {reason}.")
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Flat tensors of a batch: the plain view, padded where samples differ in length, `raw` (B, n), `label`, `valid`.
+        """Flat tensors of a batch: the plain view, padded where samples differ in length, `raw` (B, n) and what is known.
 
         A sample that is padding only, too short for a single frame, is not valid.
         """
@@ -60,7 +62,7 @@ class PlainSet(Dataset):
                 ) from None
             samples = [s if self._fits(s["sample"]) else {**good[0], "valid": False} for s in samples]
             view = self._view(samples)
-        rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("index", "label", "valid")}
+        rest = {name: torch.tensor([sample[name] for sample in samples]) for name in ("index", "label", "content", "valid")}
         if view.pad is not None:
             rest["valid"] &= ~view.pad.all(1)
         return Batch([view], rest["index"]).tensors() | rest | {"raw": torch.stack([sample["raw"] for sample in samples])}
@@ -142,13 +144,14 @@ def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     Args:
         run: flat batch -> `embedding` (B, D) and whatever else has B rows. A collective if the model is sharded.
         bare: keep only what `run` gave, with a row for unreadable samples too, that of the one that stands in.
-    Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`, `index`.
+    Returns: the rows of all ranks in order on the CPU: what `run` gave, and `label`, `raw`, `index`, `content`.
     """
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
         out = {name: tensor.float().cpu() for name, tensor in run(batch).items()}
         if not bare:
-            out |= {name: batch[name] for name in ("label", "raw", "index")} | {"valid": batch["valid"].to(torch.int64)}
+            known = {name: batch[name] for name in ("label", "raw", "index", "content")}
+            out |= known | {"valid": batch["valid"].to(torch.int64)}
         for name, tensor in out.items():
             rows.setdefault(name, []).append(gather_rows(tensor))
     whole = {name: torch.cat(parts)[: len(batches.data)] for name, parts in rows.items()}

@@ -30,6 +30,7 @@ from mmssl.losses.contrastive import (
 )
 from mmssl.losses.distillation import dino, predict_others, teacher_distribution
 from mmssl.losses.masked_views import MSN, ibot_tokens, ijepa, msn
+from mmssl.losses.pairs import clip, siglip
 from mmssl.losses.prediction import Norm, average_layers, cosine_regression, data2vec_regression, instance_norm
 from mmssl.losses.reconstruction import (
     chamfer,
@@ -66,6 +67,7 @@ __all__ = [
     "batch_contrast",
     "chain",
     "chamfer",
+    "clip",
     "cluster_cross_entropy",
     "code_perplexity",
     "code_scores",
@@ -99,6 +101,7 @@ __all__ = [
     "scaled_cosine",
     "self_training",
     "sharpened",
+    "siglip",
     "sinkhorn",
     "softmax",
     "student_t",

@@ -3,6 +3,7 @@
 from mmssl.methods.aasae import AASAE
 from mmssl.methods.barlow_twins import BarlowTwins
 from mmssl.methods.beit import BEiT
+from mmssl.methods.bind import Bind
 from mmssl.methods.byol import BYOL
 from mmssl.methods.cae import CAE
 from mmssl.methods.causal_lm import CausalLM
@@ -59,6 +60,7 @@ PAPERS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
     "dino": DINO,
+    "bind": Bind,
     # masked: what a teacher makes of the whole
     "data2vec1": Data2Vec1,
     "data2vec2": Data2Vec2,

@@ -57,6 +57,7 @@ class Method(nn.Module):
     crops: ClassVar[bool] = False  # whether smaller views may follow them
     slots: ClassVar[bool] = False  # whether there is state for each sample of the data set
     chooses: ClassVar[bool] = False  # whether `order` chooses the samples of a pass
+    pairs: ClassVar[bool] = False  # whether its rows are compared with the same rows of other kinds of data
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
     normal: ClassVar[tuple[Normal, ...]] = ()
@@ -153,6 +154,10 @@ class Method(nn.Module):
     def describe(self, view: View) -> Tensor:
         """(B, F): what a method that clusters its data set clusters."""
         return self.student.embed(view)
+
+    def bound(self, embedding: Tensor) -> Tensor:
+        """(B, F) what is compared with other kinds of data, of (B, D) pooled embeddings; where there are `pairs`."""
+        raise TypeError(f"{type(self).__name__} binds nothing")
 
     def order(self, clock: Clock) -> Tensor | None:
         """(m,) indices of the samples of a pass, in order, for a method that chooses them; None for all, shuffled."""

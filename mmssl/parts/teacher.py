@@ -125,7 +125,7 @@ class Teacher(Part):
         mine, theirs = self.network.encoder, other.network.encoder
         if self.student.encoder is other.student.encoder and self._treatment == other._treatment:
             self.network.encoder, self.elsewhere = theirs, WHOLE
-        elif isinstance(mine, Encoder):
+        elif isinstance(mine, Encoder) and _trunk(self) is _trunk(other):
             mine.transformer.share(theirs.transformer)
             self.elsewhere = tuple(f"encoder.transformer.{name}." for name in SHARED)
 
@@ -250,6 +250,12 @@ class Teacher(Part):
         object.__setattr__(twin, "network", copy.deepcopy(self.network, memo))
         object.__setattr__(twin, "student", copy.deepcopy(self.student, memo))
         return twin
+
+
+def _trunk(teacher: Teacher) -> nn.Module:
+    """The blocks that a teacher averages; all of an encoder that has no shared transformer."""
+    encoder = teacher.student.encoder
+    return encoder.transformer.blocks if isinstance(encoder, Encoder) else encoder
 
 
 def share_averages(teachers: Sequence[Teacher]) -> None:

@@ -40,7 +40,8 @@ class Member:
         self.name, self.recipe, self.args = name, recipe, args
         self.kind = modality(recipe.data.modality)
         self.views = as_recipe_error("views", recipe.build_views)
-        self.survey = survey(recipe, args, self.kind, self.views, open_source(recipe.data, self.kind, recipe.data.split))
+        source = open_source(recipe.data, self.kind, recipe.data.split)._replace(paired=recipe.paired)
+        self.survey = survey(recipe, args, self.kind, self.views, source)
         self.source = self.survey.source
         check_method(recipe, self.source, self.views, alone=not name)
         self.epoch_steps = steps_per_epoch(recipe, self.source, self.views)

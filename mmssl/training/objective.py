@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.distributed import all_sum, rank, world
+from mmssl.methods.bind import Binding
 from mmssl.methods.joint import Joint
 from mmssl.methods.method import Method
 from mmssl.parts import Magnitude
@@ -18,6 +19,7 @@ from mmssl.types import Batch, Clock
 
 # The probe's gradients must not weigh in the norm that DeepSpeed clips by. Adam is blind to the scale of a loss.
 PROBE_SCALE = 1e-4
+BINDING = "bind"  # before the metrics of what binds several kinds of data, where a member's name stands
 
 
 class Standardise(nn.Module):
@@ -90,8 +92,9 @@ class Objective(nn.Module):
             keys: one a row, see `keys`. Dropout is seeded by the first.
             weights: what this micro-batch counts in its update, under the name "".
         Returns: `total`, the scalar to differentiate; `loss`, the method's sum; `loss/<part>`, `health/<metric>`.
-            Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, and, with a
-            probe, `logits` (B, classes). With `describe`: only `described` (B, F), see `Method.describe`.
+            Without a clock: `embedding` (B, D), `local` (B, D), the local features of one token in the middle, with pairs
+            `bound` (B, F), and, with a probe, `logits` (B, classes). With `describe`: only `described` (B, F), see
+            `Method.describe`.
             With `rebuild`: only the fields of `Rebuilt`, see `Method.rebuild`.
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
@@ -103,12 +106,14 @@ class Objective(nn.Module):
         if clock is None:
             embedding, local = self.method.student.encoder.inspect(batch.views[0])
             out = {"embedding": embedding.float(), "local": local.float()}
+            if self.method.pairs:
+                out["bound"] = self.method.bound(embedding).float()
             return out if self.probe is None else out | {"logits": self.probe(self.standardise(out["embedding"]))}
         if keys:
             torch.manual_seed(keys[0])
-        losses, health, embedding = self.method(batch, clock)
-        loss = torch.stack([term.float() for term in losses.values()]).sum()
-        share = weights[""] if weights else 1.0
+        losses, health, embedding, bound = self.method(batch, clock)
+        terms = [term.float() for term in losses.values()] or [torch.zeros((), device=batch.index.device)]
+        loss, share = torch.stack(terms).sum(), weights[""] if weights else 1.0
         if self.magnitude is not None:
             self.magnitude.measure(loss * share)
             loss = loss * self.magnitude.factor()
@@ -122,7 +127,7 @@ class Objective(nn.Module):
             out["total"] = loss + PROBE_SCALE * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
         if weights:
             out = {name: value if name.startswith("health/") else value * share for name, value in out.items()}
-        return out
+        return out if bound is None else out | {"bound": bound}
 
     @property
     def probes(self) -> list[nn.Linear]:
@@ -150,15 +155,17 @@ class JointObjective(nn.Module):
 
     Args:
         members: built on encoders that share a trunk.
+        binding: of those whose rows are pairs.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, members: Mapping[str, Objective]):
+    def __init__(self, members: Mapping[str, Objective], binding: Binding | None = None):
         super().__init__()
-        self.members = nn.ModuleDict(dict(members))
+        self.members, self.binding = nn.ModuleDict(dict(members)), binding
         magnitudes = {name: objective.magnitude for name, objective in members.items() if objective.magnitude is not None}
         method = Joint({name: objective.method for name, objective in members.items()}, magnitudes)
+        method.add_module("binding", binding)
         object.__setattr__(self, "method", method)  # the same modules under other names: not registered twice
         self.method: Joint
         self.ragged = any(objective.ragged for objective in members.values())
@@ -179,13 +186,20 @@ class JointObjective(nn.Module):
             ((name, part),) = own.items()
             return self._member(name)(part, keys.get(name, ()), clock, rebuild=rebuild)
         out: dict[str, Tensor] = {}
-        sums = {}
+        sums, bound = {}, {}
         for name in self.members:
             weight = {"": weights[name]} if weights and name in weights else None
             found = self._member(name)(own[name], keys[name], clock, weights=weight)
             for each in ("total", "loss"):
                 sums.setdefault(each, []).append(found.pop(each))
+            bound |= {name: found.pop("bound")} if "bound" in found else {}
             out |= {inside(each, name): value for each, value in found.items()}
+        if self.binding is not None:
+            index, content = ({name: own[name][what] for name in bound} for what in ("index", "content"))
+            for each, value in self.binding(bound, index, content).items():
+                for total in ("total", "loss") if each.startswith("loss/") else ():
+                    sums[total].append(value if total == "total" else value.detach())
+                out[inside(each, BINDING)] = value.detach()
         return {each: torch.stack(parts).sum() for each, parts in sums.items()} | out
 
     def _member(self, name: str) -> Objective:

@@ -22,6 +22,7 @@ from mmssl.training.launch import launched, main_first, out, training_arguments,
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.outcome import leave, record_failure
+from mmssl.training.pairs import Crossing, check_pairs
 from mmssl.training.peers import Peers
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
@@ -80,6 +81,8 @@ def prepare(
     with Signals(lambda _: leave(folder, peers)), unpartitioned():
         try:
             members = [Member(name, one, args) for name, one in recipe.members.items()]  # before the folder
+            if isinstance(recipe, JointRecipe) and recipe.bind:
+                check_pairs(members, recipe.bind)
             peers.folder = folder = main_first(opened, args) or RunFolder(at, is_main=False)
             going_on = resume and has_saved(folder)
             return Run(recipe, args, members, folder, peers, going_on, trainer, allow_changed)
@@ -125,6 +128,7 @@ class Run:
         new = added(checkpoint.state_of(found)["recipe"], recipe) if found is not None else set()
         self.objective: Objective | JointObjective
         self.quarantine: Quarantine
+        self.crossing: Crossing | None = None
         if isinstance(recipe, JointRecipe):
             methods, given = recipe.build(), recipe.modalities
             balanced = recipe.balance == "magnitude"
@@ -132,7 +136,9 @@ class Run:
                 m.name: m.learn(methods[m.name], folder, resume and m.name not in new, given[m.name].weight, balanced)
                 for m in members
             }
-            self.objective, self.quarantine = JointObjective(learned), Quarantines([m.quarantine for m in members])
+            binding = recipe.bind.build() if recipe.bind else None
+            self.crossing = Crossing(members, recipe.bind) if recipe.bind else None
+            self.objective, self.quarantine = JointObjective(learned, binding), Quarantines([m.quarantine for m in members])
         else:
             self.objective = members[0].learn(members[0].recipe.build(), folder, resume)
             self.quarantine = members[0].quarantine
@@ -160,7 +166,7 @@ class Run:
             self.epoch_steps,
             self._loader,
             self.progress.report,
-            self._measure,
+            self.measure,
             self._save,
             self.quarantine,
             self.start,
@@ -243,8 +249,10 @@ class Run:
         """Leave the cause of a failure in status.json."""
         record_failure(self.folder, self.peers, error, step=self.trainer.state.global_step, steps=self.steps)
 
-    def _measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
-        return {name: value for member in self.members for name, value in member.measure(trainer).items()}
+    def measure(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+        """Pictures, and the metrics of all members and of what binds them; a collective."""
+        found = {name: value for member in self.members for name, value in member.measure(trainer).items()}
+        return found | (self.crossing.measure(trainer) if self.crossing else {})
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))

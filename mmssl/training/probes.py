@@ -30,6 +30,7 @@ class Probes:
         self.member = member  # name of the kind of data, where a run has several
         self.sets: Sets | None = None
         self.warned = False
+        self.bound: tuple[str, dict[str, torch.Tensor]] | None = None  # name and rows of what was measured last, of pairs
         if not streaming or recipe.watch.path:
             self.sets = open_sets(recipe.data, recipe.watch, kind, views, recipe.train.seed)
 
@@ -68,6 +69,8 @@ class Probes:
                 objective.standardise.calibrate(bank["embedding"])
             test = embed(self.sets.test, run) if self.sets.test else None
         model.train(was_training)
+        if "bound" in bank:
+            self.bound = (self.sets.name, test) if test is not None else (self.recipe.watch.train, bank)
         metrics = {
             **{f"health/{name}": value for name, value in health.of_set(bank["embedding"]).items()},
             "health/feature_rankme": collapse.rankme(bank["local"]),

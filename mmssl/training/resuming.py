@@ -17,6 +17,7 @@ from mmssl.redaction import redact
 FREE = (
     *("out", "save", "watch", "data.workers", "data.max_bad", "data.min_bad", "train.log_every", "train.report_to"),
     *("train.threads", "train.device", "train.max_skips", "train.max_skip_share", "train.split_teacher"),
+    "bind.prompts",
 )
 WARNED = ("optim", "train.steps", "train.epochs", "train.precision", "train.compile", "train.micro_batch")
 
@@ -95,8 +96,8 @@ def _free(key: str) -> bool:
 
 
 def _weighs(key: str) -> bool:
-    """Whether a key says what the loss of one kind of data or method counts, which may change from some update on."""
-    return re.fullmatch(r"modalities\.\w+\.weight|(modalities\.\w+\.)?method\.\w+\.weight", key) is not None
+    """Whether a key says what a loss counts, of a kind of data, a method or a binding, which may change from some update on."""
+    return re.fullmatch(r"modalities\.\w+\.weight|(modalities\.\w+\.)?method\.\w+\.weight|bind\.weight", key) is not None
 
 
 def within(key: str, blocks: Collection[str]) -> bool:

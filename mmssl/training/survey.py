@@ -71,7 +71,10 @@ def survey(recipe: Recipe, args: TrainingArguments, kind: Modality, views: Views
 
     found = main_first(measured, args)
     found = measured() if found is None else found
-    return Survey(found, quarantine, found.rows is source.rows)
+    same = found.rows is source.rows
+    if source.paired and not (same and found.lengths is None):
+        raise RecipeError(f"data.modality: {kind.name} orders its samples anew, which parts the rows of pairs; take another.")
+    return Survey(found, quarantine, same)
 
 
 def as_recipe_error(block: str, make: Callable[[], T]) -> T:
@@ -88,6 +91,11 @@ def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = Tru
     Args:
         alone: whether these are all data of the run; otherwise it has no passes, as data sets are of unlike length.
     """
+    if alone and recipe.paired:
+        raise RecipeError(
+            "method.name: bind compares several kinds of data; name them in a recipe with `modalities`, such as "
+            "multimodal/bind."
+        )
     with torch.device("meta"):
         method = recipe.build()
         if source.streaming:

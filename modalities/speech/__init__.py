@@ -36,6 +36,7 @@ DEFAULTS = {
         "model": {**MODEL, "norm": "pre", "causal": True, "position_layers": 1, "position_kernel": 1},
         "views": {"normalise": False, "longest": 1.28, "shortest": 1.28},
     },
+    "bind": {"model": MODEL, "views": {"pad": True, "shortest": 0.1}},  # whole recordings, as a text tells of all that is said
     "mp3": {
         "model": {**MODEL, "norm": "pre", "alibi": False, "positions": "none"},
         "method": {"ratio": 0.5, "places": 100},

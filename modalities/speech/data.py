@@ -70,7 +70,7 @@ def prepare(source: Any, views: Any, quarantine: Any) -> Any:
 
     Returns: the source with `lengths`, in samples at 16 kHz. It is -1 for those shorter than `views.shortest`, which
         `facts["left_out"]` counts, and for those that cannot be used, which are recorded in the quarantine. `facts["hours"]`
-        is what remains. A stream comes back as it is.
+        is what remains. A stream comes back as it is, and so do recordings that belong to pairs.
     Raises: ValueError if nothing remains, or if soundfile or torchaudio is missing.
     """
     if source.streaming:
@@ -80,6 +80,8 @@ def prepare(source: Any, views: Any, quarantine: Any) -> Any:
             _library(name)
     except ImportError as error:
         raise ValueError(f"data.modality: {error}") from None
+    if source.paired:
+        return source
     found: list[int | Rejected] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for first in range(0, source.size, CHUNK):

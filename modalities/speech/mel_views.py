@@ -59,6 +59,7 @@ class MelViews:
     """The log-mel spectrogram of a random crop, with its masks, or altered.
 
     A batch is cut to its shortest member, in whole patches, then masks and alterations are drawn: nothing is padded.
+    With `pad` nothing is cut to another's length: rows are padded to the longest instead.
 
     `longest` and `shortest` are options in seconds and attributes in samples. `normalise` gives each band of a crop mean 0 and
     variance 1; without it, `mean` and `std` of the model are those of the data set.
@@ -75,8 +76,11 @@ class MelViews:
         normalise: bool = True,
         mask: MelMask | None = None,
         alter: Alterations | None = None,
+        pad: bool = False,
     ):
         """longest: as long as the model takes if None."""
+        if pad and (mask is not None or alter is not None):
+            raise ValueError("pad: masks and alterations are drawn for rows of one length; leave them out, or this")
         most = samples(features.frames)
         if longest is not None and not shortest <= longest <= MAX_SECONDS:
             raise ValueError(f"longest: {longest} s, must be between shortest={shortest:g} and {MAX_SECONDS}")
@@ -92,7 +96,7 @@ class MelViews:
                 f"model.frames={features.frames}"
             )
         self.shortest, self.features, self.normalise = round(shortest * RATE), features, normalise
-        self.mask, self.alter = mask, alter
+        self.mask, self.alter, self.pad = mask, alter, pad
         if self._rows(self.longest) < 1:
             raise ValueError(
                 f"longest: {longest} s, shorter than a patch of {features.patch_frames} frames (model.patch_frames)"
@@ -136,7 +140,7 @@ class MelViews:
         if length is None and len(sample) < self.shortest:
             seconds = f"{len(sample) / RATE:.2f} s, less than views.shortest={self.shortest / RATE:g}"
             raise Rejected("too_short", seconds)
-        cut = self._cut(min(len(sample), self.longest) if length is None else length)
+        cut = self._cut(min(len(sample), self.longest) if length is None or self.pad else length)
         first = draw(0)
         seed = _seed(first)
         start = int(torch.randint(len(sample) - cut + 1, (), generator=first))
@@ -148,6 +152,8 @@ class MelViews:
         All that is drawn depends on a sample's own seed and on the common length; span masks on the fewest hidden, too.
         An altered view has the record `clean` (B, T, F), as it was, and `altered` (B, T, F) bool, True = to be rebuilt.
         """
+        if self.pad:
+            return [self._padded([sample["x"] for sample in samples])]
         length = min(len(sample["x"]) for sample in samples)
         seeds = [int(sample["seed"]) for sample in samples]
         x = torch.stack([_crop(sample["x"], length, generator(seed, "crop")) for sample, seed in zip(samples, seeds)])
@@ -170,7 +176,7 @@ class MelViews:
         return torch.cat(equal).repeat_interleave(columns, 1)
 
     def plain(self, samples: Sequence[Tensor]) -> View:
-        """Whole samples, of longer ones the middle `longest`; zeros at the end up to the longest of the batch.
+        """Whole samples, of longer ones the middle `longest`; padded to the longest of the batch.
 
         Raises: Rejected if one is shorter than a patch.
         """
@@ -180,6 +186,10 @@ class MelViews:
                 raise Rejected("too_short", f"{len(sample) / RATE:.3f} s give no patch of {self.features.patch_frames} frames")
             start = max(0, (len(sample) - self.longest) // 2)
             found.append(self._spectrogram(sample[start : start + self.longest]))
+        return self._padded(found)
+
+    def _padded(self, found: list[Tensor]) -> View:
+        """Zeros at the end up to the longest."""
         x = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         pad = self.features.pad(torch.arange(x.shape[1]) < torch.tensor([[len(one)] for one in found]))
         return View(x, "spectrogram", pad if bool(pad.any()) else None)

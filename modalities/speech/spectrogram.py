@@ -36,6 +36,7 @@ DEFAULTS = {
         "method": {"mask_start": "uniform", "teacher_features": "share"},
         "views": {"mask": {"kind": "span", "ratio": 0.65, "width": 10, "copies": 1}},
     },
+    "bind": {"model": {**SEQUENCE, "norm_eps": 1e-5}, "views": {"pad": True, "shortest": 0.1}},
     "cpc": {
         "model": {"extra_tokens": 0, "causal": True, "norm": "pre", **AUDIOSET},
         "views": {"normalise": False, "longest": 1.28, "shortest": 1.28},  # a mean over time would tell what comes

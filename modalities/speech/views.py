@@ -38,6 +38,9 @@ class SpeechViews:
     A batch is cut to its shortest member, then masks are drawn: nothing is padded. Where `crops` change the speed, the crops
     are as much shorter as the fastest needs, so that there is enough of the shortest sample.
 
+    With `pad` nothing is cut to another's length: rows are padded to the longest instead, for what is said in a whole
+    recording.
+
     `longest` and `shortest` are options in seconds and attributes in samples. `crops` as an option is what views there are,
     or the name of a policy, see `modalities.speech.augment`; as an attribute it is how many of them are smaller ones, which
     come without masks.
@@ -54,14 +57,17 @@ class SpeechViews:
         normalise: bool = True,
         mask: MaskOptions | None = None,
         crops: list[Crop] | str | None = None,
+        pad: bool = False,
     ):
+        if pad and mask is not None:
+            raise ValueError("pad: masks are drawn for rows of one length; leave out views.mask, or this")
         if not 0 <= shortest <= MAX_SECONDS:
             raise ValueError(f"shortest: {shortest} s, must be between 0 and {MAX_SECONDS}")
         if not shortest <= longest <= MAX_SECONDS:
             raise ValueError(f"longest: {longest} s, must be between shortest={shortest:g} and {MAX_SECONDS}")
         self.longest: Any = round(longest * RATE)
         self.shortest = round(shortest * RATE)
-        self.frames, self.normalise, self.mask = features.frames, normalise, mask
+        self.frames, self.normalise, self.mask, self.pad = features.frames, normalise, mask, pad
         self.repeats = getattr(features, "conv_norm", "layer") == "group"  # see `plain`
         if self.frames(self.longest) < 2:
             raise ValueError(f"longest: {longest} s gives {self.frames(self.longest)} frames, at least 2 are needed")
@@ -124,7 +130,7 @@ class SpeechViews:
         if length is None and len(sample) < self.shortest:
             seconds = f"{len(sample) / RATE:.2f} s, less than views.shortest={self.shortest / RATE:g}"
             raise Rejected("too_short", seconds)
-        room = min(len(sample), self.longest) if length is None else length
+        room = min(len(sample), self.longest) if length is None or self.pad else length
         wave = self._normalised(sample)
         if not self.kinds:
             first = draw(0)
@@ -157,11 +163,13 @@ class SpeechViews:
 
     def _view(self, samples: Sequence[dict[str, Tensor]], mask: MaskOptions | None) -> View:
         """x, seed and record of each sample, one view of a batch."""
+        record = {k: torch.stack([sample[k] for sample in samples]) for k in samples[0] if k not in ("x", "seed")}
+        if self.pad:
+            return self._padded([sample["x"] for sample in samples])._replace(record=record)
         length = min(len(sample["x"]) for sample in samples)
         seeds = [int(sample["seed"]) for sample in samples]
         cuts = [_place(sample["x"], length, generator(seed, "crop")) for sample, seed in zip(samples, seeds)]
         x = torch.stack([sample["x"][cut : cut + length] for sample, cut in zip(samples, cuts)])
-        record = {k: torch.stack([sample[k] for sample in samples]) for k in samples[0] if k not in ("x", "seed")}
         if record:
             record["start"] += torch.tensor(cuts) / RATE * record["speed"]
         return View(x, "speech", None, None if mask is None else Mask.of(self._hidden(mask, length, seeds)), record)
@@ -176,12 +184,15 @@ class SpeechViews:
         return torch.cat([_unmasked(row, fewest, generator(seed, "equal")) for row, seed in zip(rows, seeds)])
 
     def plain(self, samples: Sequence[Tensor]) -> View:
-        """Whole samples, of longer ones the middle `longest`; zeros at the end up to the longest of the batch.
+        """Whole samples, of longer ones the middle `longest`; padded to the longest of the batch."""
+        return self._padded([_middle(self._normalised(sample), self.longest) for sample in samples])
+
+    def _padded(self, waves: list[Tensor]) -> View:
+        """Zeros at the end, or more of the same.
 
         Group norm sees the whole row, and zeros would change all of it: for such features a sample is repeated instead, which
         leaves its statistics nearly as they are.
         """
-        waves = [_middle(self._normalised(sample), self.longest) for sample in samples]
         frames = torch.tensor([self.frames(len(wave)) for wave in waves])
         pad = torch.arange(int(frames.max())) >= frames[:, None]
         longest = max(len(wave) for wave in waves)

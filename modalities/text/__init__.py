@@ -48,6 +48,7 @@ DEFAULTS["mp3"] = {
     "method": {"ratio": 0.5, "places": 64},
     "views": {"pack": False},
 }
+DEFAULTS["bind"] = {"model": MODEL, "views": {"pack": False}}
 DEFAULTS["causal_lm"] = {"model": MODEL | {"norm": "pre", "activation": "gelu_tanh", "causal": True}}
 # Dropout of the model makes views differ in addition, as in SimCSE, for which views.crops is `dropout`.
 DEFAULTS |= {

@@ -59,14 +59,16 @@ def prepare(source: Any, views: Any, quarantine: Any) -> Any:
     With `views.pack`, blocks of `views.max_tokens - 1` tokens that run across documents, each of which closes with the end
     token; what does not fill a block at the end is left out. Without, each document by itself with beginning and end, in equal
     pieces of at most `views.max_tokens` if it is longer. Documents that cannot be read are left out and recorded. A stream
-    without packing stays as it is.
+    without packing stays as it is, and so do documents that belong to pairs.
 
     Raises: ValueError if there is nothing to learn from, if a stream is to be packed, or if the tokenizer does not fit.
     """
     tokenizer = views.tokenizer
-    if source.streaming:
-        if views.pack:
-            raise ValueError("views.pack: a stream cannot be packed; set views.pack=false or data.streaming=false")
+    if source.paired and views.pack:
+        raise ValueError("views.pack: blocks run across documents, which belong to pairs; set views.pack=false")
+    if source.streaming and views.pack:
+        raise ValueError("views.pack: a stream cannot be packed; set views.pack=false or data.streaming=false")
+    if source.streaming or source.paired:
         return source
     rows = _cached(source, tokenizer, views.pack, views.max_tokens)
     good = rows.data.column("bad").null_count  # they come first, and one row for the end last

@@ -43,6 +43,7 @@ DEFAULTS = {
             ]
         }
     },
+    "bind": {"views": {"scale": [0.9, 1.0], "flip": 0.0}},  # texts may say where things are
     "mp3": {"model": {"positions": "none", "extra_tokens": 0}},
     "igpt": {
         "model": {

@@ -12,6 +12,8 @@ from tests.losses.cases import CASES, drawn, expected, tensor
 from tests.ranks import on_two_ranks
 
 QUEUE, MEMORY = drawn(9, 6, seed=3), drawn(8, 6, seed=4)
+PAIRED = torch.tensor([1, 0, 1, 0, 1, 1, 1, 0], dtype=torch.bool)  # four on rank 0, one on rank 1
+ALIKE = torch.arange(8) % 3 == torch.arange(8)[:, None] % 3
 IDS = torch.tensor([0, -100, 3, 1, -100, -100, 2, 2])  # counted: two on rank 0, three on rank 1
 
 
@@ -49,6 +51,11 @@ LOSSES = {  # of the rows of both views, and the positions of the samples
     "cluster_cross_entropy": lambda a, b, index: losses.cluster_cross_entropy(a, IDS[index]),
     "alignment": lambda a, b, index: losses.alignment(a, b, 3.0),
     "uniformity": lambda a, b, index: losses.uniformity(a),
+    "clip": lambda a, b, index: losses.clip(a, b, 5.0),
+    "clip, uneven": lambda a, b, index: losses.clip(a, b, 5.0, PAIRED[index], ALIKE[index]),
+    "clip, positives": lambda a, b, index: losses.clip(a, b, 5.0, PAIRED[index], ALIKE[index], positive=True),
+    "siglip": lambda a, b, index: losses.siglip(a, b, 5.0, -1.0),
+    "siglip, uneven": lambda a, b, index: losses.siglip(a, b, 5.0, -1.0, PAIRED[index], ALIKE[index], positive=True),
 }
 NUMBERS = {
     "unit_std": losses.unit_std,

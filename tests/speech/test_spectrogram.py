@@ -155,6 +155,20 @@ def test_padding_changes_no_embedding():
     assert_close(net.pool(net(both))[1], net.pool(net(alone))[0], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_keeps_whole_samples_where_cutting_would_take_their_ends():
+    views = MelViews(MelFeatures(8, **SHAPE | {"frames": 80}), shortest=0.1, pad=True)
+    waves = [torch.randn(n, generator=draws()(0)) for n in (4000, 9000)]
+    found = [views(wave, draws(), length=4000) for wave in waves]  # whatever the shortest of the update has
+    (view,), plain = views.collate(found), views.plain([wave[: samples(len(one["x"]))] for wave, one in zip(waves, found)])
+    assert len(found[0]["x"]) < len(found[1]["x"])
+    assert len(view.x[0]) == len(found[1]["x"])
+    assert torch.equal(view.x[0, : len(found[0]["x"])], found[0]["x"])
+    assert view.pad is not None
+    assert torch.equal(view.pad, plain.pad)
+    with pytest.raises(ValueError, match="pad: masks and alterations are drawn for rows of one length"):
+        MelViews(MelFeatures(8, **SHAPE), shortest=0.24, mask=MelMask("span", 0.5, width=2), pad=True)
+
+
 def test_views_are_keyed_crops_of_whole_patches_of_one_length():
     views = MelViews(MelFeatures(8, **SHAPE | {"frames": 80}), shortest=0.1)
     first, again, other = (views(WAVE, draws(seed), 12_000)["x"] for seed in (0, 0, 1))

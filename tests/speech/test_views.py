@@ -43,6 +43,22 @@ def collated(views, lengths, seeds=None):
 # One sample
 
 
+def test_padding_keeps_whole_samples_where_cutting_would_take_their_ends():
+    lengths = (8000, 12000, 9000)
+    views = SpeechViews(SpeechFeatures, longest=1.0, shortest=0.1, pad=True)
+    samples, view = collated(views, lengths)
+    assert [len(sample["x"]) for sample in samples] == [*lengths]
+    assert view.x.shape == (3, 12000)
+    for row, sample, length in zip(view.x, samples, lengths):
+        assert torch.equal(row[:length], sample["x"])
+        assert not bool(row[length:].any())
+    assert view.pad is not None
+    assert (~view.pad).sum(1).tolist() == [SpeechFeatures.frames(length) for length in lengths]
+    assert len(views(wave(12000), drawn(0), length=8000)["x"]) == 12000  # whatever the shortest of the update has
+    with pytest.raises(ValueError, match="pad: masks are drawn for rows of one length"):
+        SpeechViews(SpeechFeatures, mask=MaskOptions(), pad=True)
+
+
 def test_a_wave_has_mean_0_and_variance_1_as_a_whole_and_its_crop_has_not():
     views, sample = SpeechViews(SpeechFeatures, longest=1.0, shortest=0.5), wave()
     whole = SpeechViews(SpeechFeatures, longest=3.0)(sample, drawn(0))["x"]
@@ -272,7 +288,7 @@ def test_silence_and_loud_sound_stay_finite():
 class Waves:
     """As much of a source as a data set asks for."""
 
-    size, lengths = 12, None
+    size, lengths, paired = 12, None, False
     value = staticmethod(lambda index: wave(2 * RATE + 500 * index, index))
     label_at = staticmethod(lambda index: -1)
     identity = staticmethod(str)

@@ -294,7 +294,7 @@ def test_a_text_without_tokens_has_no_views(views):
 class Texts:
     """As much of a source as a data set asks for."""
 
-    size, lengths = 4, None
+    size, lengths, paired = 4, None, False
     value = staticmethod(lambda index: TEXTS[index])
     label_at = staticmethod(lambda index: -1)
     identity = staticmethod(str)

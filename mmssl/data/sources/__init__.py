@@ -11,14 +11,14 @@ import datasets
 from mmssl.config import DataOptions
 from mmssl.data.sources.folders import TABLES, choose_split, find_files, from_files
 from mmssl.data.sources.loading import load_splits, mended
-from mmssl.data.sources.source import SHARD_ROWS, Source
+from mmssl.data.sources.source import SHARD_ROWS, Source, content_key
 from mmssl.data.sources.tables import from_columns, from_tables
 from mmssl.errors import RecipeError
 from mmssl.registry import Modality
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-__all__ = ["SHARD_ROWS", "Source", "open_source", "splits"]
+__all__ = ["SHARD_ROWS", "Source", "content_key", "open_source", "splits"]
 
 
 def open_source(options: DataOptions, kind: Modality, split: str) -> Source:

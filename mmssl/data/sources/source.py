@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -10,7 +11,11 @@ from typing import Any, NamedTuple
 import datasets
 import datasets.config
 import fsspec
+import numpy as np
+import pyarrow
+import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from pyarrow import compute
 from torch import Tensor
 
 from mmssl.config import DataOptions
@@ -34,6 +39,7 @@ class Source(NamedTuple):
     names: bool = False  # whether the column holds file names
     parts: tuple[tuple[str, int], ...] = ()  # name and first row of each table
     total: int = 0  # rows before `data.limit`; 0 for a stream of unknown length
+    paired: bool = False  # whether row i belongs to row i of another source: none may be cut, joined or left out
     lengths: Tensor | None = None  # (n,) int64 in the unit of `Views.longest`, -1 = never drawn; set by `Modality.prepare`
 
     @property
@@ -61,6 +67,17 @@ class Source(NamedTuple):
         if self.names:
             return self._file(value)
         return value.encode() if isinstance(value, str) else value
+
+    def absent(self) -> Tensor:
+        """(n,) bool: rows without content, found without reading any. Raises: TypeError for a stream."""
+        column = self.rows.data.column(self.column)
+        struct = pyarrow.types.is_struct(column.type)
+        names = [field.name for field in column.type if field.name in ("bytes", "path")] if struct else []
+        parts = [compute.struct_field(column, name) for name in names] or [column]
+        sizes = [compute.fill_null(compute.binary_length(part), 0).to_numpy() for part in parts]
+        none = torch.from_numpy(np.sum(sizes, 0) == 0)
+        kept = self.rows._indices  # of a limit
+        return none if kept is None else none[torch.from_numpy(kept.column(0).to_numpy().astype(np.int64))]
 
     def label_at(self, index: int) -> int:
         """Class of a sample, 0..classes-1; -1 if it has none."""
@@ -98,6 +115,12 @@ class Source(NamedTuple):
             with opened as file:
                 return file.read()
         return name
+
+
+def content_key(value: Any) -> int:
+    """63 bits, equal for equal content: text, bytes, or the name of a file."""
+    content = value if isinstance(value, bytes) else os.fsencode(value) if isinstance(value, str) else repr(value).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def finished(source: Source, options: DataOptions, what: str, split: str, classes: list[str]) -> Source:
