@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmssl.config import Recipe
 from mmssl.registry import modality
@@ -15,11 +15,45 @@ LOADERS = {  # keyword of the model -> what prepares its input
 }
 
 
-def joint_card(names: Sequence[str], recipe: str, metrics: dict[str, float], step: int | None) -> str:
-    """Markdown for a folder that holds an encoder for each of several kinds of data."""
+OWN_CODE = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed"
+
+
+def joint_card(
+    members: Mapping[str, Recipe],
+    which: Mapping[str, str],
+    trunks: Mapping[str, str],
+    recipe: str,
+    metrics: dict[str, float],
+    step: int | None,
+) -> str:
+    """Markdown for a folder that holds one model of several kinds of data, and one of each.
+
+    Args:
+        which: member -> student or teacher.
+        trunks: member -> the one whose transformer it has.
+    """
+    names = [*members]
+    takes = {name: modality(member.data.modality).features.input_name for name, member in members.items()}  # type: ignore[attr-defined]
+    lines = []
+    for name, kind in takes.items():
+        loader, given = LOADERS[kind]
+        said = f', member="{name}"' if [*takes.values()].count(kind) > 1 else ""
+        lines.append(
+            f'prepare = {loader}.from_pretrained("PATH", subfolder="{name}")\n'
+            f'features = model(**prepare({given}, return_tensors="pt"){said}).pooler_output  # {name}\n'
+        )
+    loaders = sorted({"AutoModel", *(LOADERS[kind][0] for kind in takes.values())})
+    apart = "".join(
+        f" {name} is the {which[name]} of its method, and its transformer is not that of {names[0]}."
+        for name in names
+        if trunks[name] == name != names[0]
+    )
     rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
     table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    folders = "".join(f"* `{name}/`\n" for name in names)
+    folders = "".join(
+        f"* `{name}/`: the {which[name]} of {member.method.name}\n"  # type: ignore[attr-defined]
+        for name, member in members.items()
+    )
     length = f"{step} updates" if step else "an unknown number of updates"
     return f"""---
 library_name: transformers
@@ -28,7 +62,15 @@ tags: [self-supervised, multimodal]
 
 # Encoders of {", ".join(names)} with one transformer
 
-Trained together without labels by mmssl, {length}. Each folder is a model of its own, with a card that says how to load it:
+Trained together without labels by mmssl, {length}. One model takes the inputs of all, those of one kind in each call.{apart}
+
+```python
+from transformers import {", ".join(loaders)}
+model = AutoModel.from_pretrained("PATH"{OWN_CODE}
+
+{chr(10).join(lines)}```
+
+Each folder prepares inputs, and is a model of its own, with a card that says how to load it:
 
 {folders}{table}
 ## Recipe
@@ -54,7 +96,7 @@ def card(
     from mmssl.methods import METHODS
 
     own = architecture == "MmsslModel"
-    trust = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed" if own else ")"
+    trust = OWN_CODE if own else ")"
     if own:
         pooled = ".pooler_output"
     elif recipe.wrapped:

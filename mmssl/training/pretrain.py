@@ -16,6 +16,7 @@ from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
+from mmssl.hub.export import modelling_code
 from mmssl.parts import Teacher
 from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
 from mmssl.training.member import Member, Together
@@ -122,6 +123,7 @@ class Run:
         self.objective: Objective | JointObjective
         self.quarantine: Quarantine
         if isinstance(recipe, JointRecipe):
+            modelling_code([*recipe.members.values()])  # what cannot be exported is told now
             methods, given = recipe.build(), recipe.modalities
             learned = {m.name: m.learn(methods[m.name], folder, resume, given[m.name].weight) for m in members}
             self.objective, self.quarantine = JointObjective(learned), Quarantines([m.quarantine for m in members])
