@@ -14,7 +14,6 @@ LOADERS = {  # keyword of the model -> what prepares its input
     "input_ids": ("AutoTokenizer", "text"),
 }
 
-
 OWN_CODE = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed"
 
 
@@ -32,52 +31,55 @@ def joint_card(
         which: member -> student or teacher.
         trunks: member -> the one whose transformer it has.
     """
-    names = [*members]
-    takes = {name: modality(member.data.modality).features.input_name for name, member in members.items()}  # type: ignore[attr-defined]
-    lines = []
-    for name, kind in takes.items():
-        loader, given = LOADERS[kind]
-        said = f', member="{name}"' if [*takes.values()].count(kind) > 1 else ""
-        lines.append(
-            f'prepare = {loader}.from_pretrained("PATH", subfolder="{name}")\n'
-            f'features = model(**prepare({given}, return_tensors="pt"){said}).pooler_output  # {name}\n'
-        )
-    loaders = sorted({"AutoModel", *(LOADERS[kind][0] for kind in takes.values())})
-    apart = "".join(
-        f" {name} is the {which[name]} of its method, and its transformer is not that of {names[0]}."
-        for name in names
-        if trunks[name] == name != names[0]
-    )
-    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    folders = "".join(
-        f"* `{name}/`: the {which[name]} of {member.method.name}\n"  # type: ignore[attr-defined]
-        for name, member in members.items()
-    )
-    length = f"{step} updates" if step else "an unknown number of updates"
+    (first, *others), said = members, {name: member.method.name for name, member in members.items()}  # type: ignore[attr-defined]
+    apart = "".join(f" The transformer of {name} is another than that of {first}." for name in others if trunks[name] == name)
+    folders = "".join(f"* `{name}/`: {which[name]} of {method}\n" for name, method in said.items())
     return f"""---
 library_name: transformers
 tags: [self-supervised, multimodal]
 ---
 
-# Encoders of {", ".join(names)} with one transformer
+# Encoders of {", ".join(members)} with one transformer
 
-Trained together without labels by mmssl, {length}. One model takes the inputs of all, those of one kind in each call.{apart}
+Trained together without labels by mmssl, {_length(step)}. One model takes the input of each, of one in a call.{apart}
 
 ```python
-from transformers import {", ".join(loaders)}
-model = AutoModel.from_pretrained("PATH"{OWN_CODE}
-
-{chr(10).join(lines)}```
+{_example({name: modality(member.data.modality).features.input_name for name, member in members.items()})}```
 
 Each folder prepares inputs, and is a model of its own, with a card that says how to load it:
 
-{folders}{table}
+{folders}{_table(metrics)}
 ## Recipe
 
 ```yaml
 {recipe}```
 """
+
+
+def _example(inputs: Mapping[str, str]) -> str:
+    """Lines that load a model of several members and call it for each. inputs: member -> keyword of the model."""
+    lines = [
+        f"from transformers import {', '.join(sorted({'AutoModel', *(LOADERS[kind][0] for kind in inputs.values())}))}",
+        f'model = AutoModel.from_pretrained("PATH"{OWN_CODE}',
+        "features = {}",
+    ]
+    for name, kind in inputs.items():
+        loader, given = LOADERS[kind]
+        whose = f', member="{name}"' if [*inputs.values()].count(kind) > 1 else ""
+        lines += [
+            f'\nprepare = {loader}.from_pretrained("PATH", subfolder="{name}")',
+            f'features["{name}"] = model(**prepare({given}, return_tensors="pt"){whose}).pooler_output',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _length(step: int | None) -> str:
+    return f"{step} updates" if step else "an unknown number of updates"
+
+
+def _table(metrics: dict[str, float]) -> str:
+    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
+    return f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
 
 
 def card(
@@ -108,9 +110,6 @@ def card(
     shape = f"{recipe.model.backbone}{stem} ({architecture})" if recipe.wrapped else architecture  # type: ignore[attr-defined]
     loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
     name = recipe.method.name  # type: ignore[attr-defined]
-    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    length = f"{step} updates" if step else "an unknown number of updates"
     together = f" Its transformer learned from {' and '.join(beside)} as well; the recipe below is its part." if beside else ""
     return f"""---
 library_name: transformers
@@ -119,7 +118,7 @@ tags: [self-supervised, {recipe.data.modality}, {name}]
 
 # {recipe.data.modality} encoder, {name}
 
-The {which} of a {name} run ({METHODS[name].paper}), {length} of {recipe.train.global_batch} samples.
+The {which} of a {name} run ({METHODS[name].paper}), {_length(step)} of {recipe.train.global_batch} samples.
 Architecture: {shape}. Trained without labels by mmssl.{together}
 
 ```python
@@ -128,7 +127,7 @@ model = AutoModel.from_pretrained("PATH"{trust}
 prepare = {loader}.from_pretrained("PATH")
 features = model(**prepare({given}, return_tensors="pt")){pooled}
 ```
-{table}
+{_table(metrics)}
 ## Recipe
 
 ```yaml

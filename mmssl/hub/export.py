@@ -33,6 +33,7 @@ from mmssl.model.configuration import OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.transformer import DEEPEST, SHARED
+from mmssl.parts import Teacher
 from mmssl.redaction import redact
 from mmssl.registry import Modality, modalities, modality
 
@@ -61,8 +62,8 @@ def export_encoder(
         beside: other kinds of data of the run, for the card.
     Raises: RecipeError if the run has no such network.
     """
-    which, weights = chosen(recipe, tensors, which)
-    config, kind = recipe.config(), modality(recipe.data.modality)
+    which = which or recommended(recipe)
+    weights, config, kind = weights_of(tensors, which), recipe.config(), modality(recipe.data.modality)
     native = _native(config, kind, weights)
     with torch.device("meta"):
         model = _class_of(native[0])(native[0]) if native else _own(config)
@@ -92,10 +93,10 @@ def export_encoders(
     if isinstance(recipe, Recipe):
         return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
     members = recipe.members
-    parts = {name: tensors_of(name, [*members], tensors) for name in members}
-    taken = {name: chosen(member, parts[name], which) for name, member in members.items()}
+    of = {name: which or recommended(member) for name, member in members.items()}
+    parts = {name: tensors_of(name, members, tensors, of[name]) for name in members}
+    config, named = _together(members, {name: weights_of(parts[name], of[name]) for name in members})
     with appearing(path) as aside:
-        config, named = _together(members, {name: weights for name, (_, weights) in taken.items()})
         with torch.device("meta"):
             model = _own(config)
         _write(model, named, aside)
@@ -103,24 +104,24 @@ def export_encoders(
         for name, member in members.items():
             own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
             beside = [other for other in members if other != name]
-            export_encoder(member, views[name], parts[name], aside / name, which, own, step, beside)
-        of = {name: found for name, (found, _) in taken.items()}
+            export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside)
         trunks = {name: config.trunk(name) for name in members}
         (aside / "README.md").write_text(redact(joint_card(members, of, trunks, recipe.dump(), metrics or {}, step)))
     return path
 
 
-def chosen(recipe: Recipe, tensors: dict[str, Tensor], which: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Student or teacher, as `which` of `export_encoder`, and the weights of its encoder by the encoder's own names.
+def recommended(recipe: Recipe) -> str:
+    """Student or teacher: the one that the method's paper uses."""
+    return METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
 
-    Raises: RecipeError if the run has no such network.
-    """
-    which = which or METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
+
+def weights_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The encoder of the student or teacher, by its own names. Raises: RecipeError if the run has no such network."""
     if not any(name.startswith(STEMS[which]) for name in tensors):
         raise RecipeError(f"which={which}: this run has no {which}.")
     # A teacher may share parts of the student, which it then does not hold itself.
     own = (STEMS["student"], STEMS[which])
-    return which, {n.removeprefix(stem): t for stem in own for n, t in tensors.items() if n.startswith(stem)}
+    return {n.removeprefix(stem): t for stem in own for n, t in tensors.items() if n.startswith(stem)}
 
 
 def _together(
@@ -174,16 +175,27 @@ def _write(model: PreTrainedModel, named: dict[str, Tensor], path: Path) -> None
         file.chmod(0o666 & ~umask())
 
 
-def tensors_of(member: str, names: list[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has."""
+def tensors_of(member: str, members: Mapping[str, Recipe], tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has.
+
+    Args:
+        which: student or teacher, whose shared part is wanted.
+    """
     each = {
         name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
-        for name in names
+        for name in members
     }
     own = each[member]
-    stems = [stem for stem in STEMS.values() if any(n.startswith(stem) for n in own)]
-    trunk = tuple(f"{stem}transformer.{part}." for stem in stems for part in SHARED)
+    if not any(n.startswith(STEMS[which]) for n in own) and not _teaches(members[member]):
+        return own
+    trunk = tuple(f"{STEMS[one]}transformer.{part}." for one in {"student", which} for part in SHARED)
     return {n: t for others in reversed(each.values()) for n, t in others.items() if n.startswith(trunk)} | own
+
+
+def _teaches(recipe: Recipe) -> bool:
+    """Whether there is a teacher, though a checkpoint may hold nothing of its own: it may share all it has."""
+    with torch.device("meta"):
+        return any(isinstance(part, Teacher) for part in recipe.build().children())
 
 
 def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:

@@ -93,7 +93,7 @@ class MmsslModel(PreTrainedModel):
         if not fitting:
             raise ValueError(f"This model takes {_listed(dict.fromkeys(one.input_name for one in encoders.values()), 'or')}.")
         if len({*fitting.values()}) > 1:
-            raise ValueError(f"{_listed(fitting.values())} are inputs of {_listed(fitting)}; give those of one in each call.")
+            raise ValueError(f"{_listed(dict.fromkeys(fitting.values()))} are inputs of {_listed(fitting)}; give those of one in each call.")
         if len(fitting) > 1:
             raise ValueError(f"{_listed(fitting)} take {min(fitting.values())}; say whose it is with member=NAME.")
         ((name, kind),) = fitting.items()
