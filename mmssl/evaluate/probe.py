@@ -203,8 +203,8 @@ def probe(
             class. Parts of the same seed lie within each other.
         epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
             Without `augment` features are computed once and not for each epoch.
-        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model of
-            several kinds of data.
+        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
+            of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
         `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
         `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is

@@ -124,9 +124,7 @@ def weights_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
     return {n.removeprefix(stem): t for stem in own for n, t in tensors.items() if n.startswith(stem)}
 
 
-def _together(
-    members: Mapping[str, Recipe], weights: Mapping[str, dict[str, Tensor]]
-) -> tuple[MmsslConfig, dict[str, Tensor]]:
+def _together(members: Mapping[str, Recipe], weights: Mapping[str, dict[str, Tensor]]) -> tuple[MmsslConfig, dict[str, Tensor]]:
     """Config and weights of one model of all members; what several share is there once.
 
     Members that export student and teacher, or teachers of unlike momentum, have transformers of their own.
@@ -365,7 +363,7 @@ def _of_its_kind(model: MmsslModel, modality: str, path: str | Path) -> torch.nn
     if len(fitting) != 1:
         found = " and ".join(fitting) if fitting else "none"
         raise RecipeError(
-            f"model.init: {path} holds encoders of {', '.join(model.config.members)}; of {modality} are {found}. Name the folder "
-            f"of one, such as {path}/{[*fitting, *model.config.members][0]}."
+            f"model.init: {path} holds encoders of {', '.join(model.config.members)}; of {modality} are {found}. Name the "
+            f"folder of one, such as {path}/{[*fitting, *model.config.members][0]}."
         )
     return model.encoders[fitting[0]]

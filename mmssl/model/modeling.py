@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -93,7 +92,9 @@ class MmsslModel(PreTrainedModel):
         if not fitting:
             raise ValueError(f"This model takes {_listed(dict.fromkeys(one.input_name for one in encoders.values()), 'or')}.")
         if len({*fitting.values()}) > 1:
-            raise ValueError(f"{_listed(dict.fromkeys(fitting.values()))} are inputs of {_listed(fitting)}; give those of one in each call.")
+            raise ValueError(
+                f"{_listed(dict.fromkeys(fitting.values()))} are inputs of {_listed(fitting)}; give those of one in each call."
+            )
         if len(fitting) > 1:
             raise ValueError(f"{_listed(fitting)} take {min(fitting.values())}; say whose it is with member=NAME.")
         ((name, kind),) = fitting.items()

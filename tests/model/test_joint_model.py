@@ -165,7 +165,9 @@ def test_what_is_shared_is_stored_once(joint):
     weights = load_file(folder / "model.safetensors")
     encoders = {name: part.method.student.encoder for name, part in objective.members.items()}
     assert {n for n in weights if ".blocks." in n} == {
-        f"members.vision.transformer.{n}" for n, _ in encoders["vision"].transformer.named_parameters() if n.startswith("blocks.")
+        f"members.vision.transformer.{n}"
+        for n, _ in encoders["vision"].transformer.named_parameters()
+        if n.startswith("blocks.")
     }
     whole = torch.nn.ModuleDict(encoders)
     assert sum(t.numel() for t in weights.values()) == sum(
@@ -223,7 +225,10 @@ def test_the_lines_of_the_card_say_what_each_folder_says(joint):
 # Which networks ----------------------------------------------------------------------------------------------------------
 
 
-DINO = ("    views: {mask: {copies: 2}}\n  photos:", "    method: {name: dino, hidden: 16, bottleneck: 8, prototypes: 12}\n  photos:")
+DINO = (
+    "    views: {mask: {copies: 2}}\n  photos:",
+    "    method: {name: dino, hidden: 16, bottleneck: 8, prototypes: 12}\n  photos:",
+)
 
 
 def test_members_whose_papers_use_unlike_networks_have_a_transformer_each(made, tmp_path):
