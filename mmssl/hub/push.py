@@ -45,34 +45,6 @@ def plan(model: Path, repo: str) -> Plan:
     Raises: RecipeError if the folder holds no model, or something that does not belong to one.
     """
     found = _contents(model)
-    files: dict[str, bytes | Path]  # name -> content
-    title: str  # of the commit; names the content
-
-    def listing(self) -> str:
-        """A line for each file, with its size."""
-        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in self.files.items()}
-        return "\n".join(f"  {name}  {size:,} bytes" for name, size in sizes.items())
-
-
-def plan(model: Path, repo: str) -> Plan:
-    """Read a model folder; its card is told where it will be.
-
-    Raises: RecipeError if the folder holds no model, or something that does not belong to one.
-    """
-    inside = sorted(model.iterdir()) if model.is_dir() else []
-    names = [file.name for file in inside]
-    several = [file.name for file in inside if (file / "config.json").is_file()]
-    if several and "config.json" not in names:
-        raise RecipeError(
-            f"{model} holds a model for each of {', '.join(several)} and none of all; push one, such as {model / several[0]}, or "
-            "write one of all with `mmssl export RUN to=FOLDER`."
-        )
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
-    members = [file for file in inside if file.name in _members(model) and file.is_dir() and not file.is_symlink()]
-    found = [f for f in inside if f not in members] + [file for folder in members for file in sorted(folder.iterdir())]
-    if odd := [str(file.relative_to(model)) for file in found if file.is_symlink() or not file.is_file()]:
-        raise RecipeError(f"{model}: {', '.join(odd)} is no plain file, and nothing is sent; push a folder of plain files.")
     files: dict[str, bytes | Path] = {file.relative_to(model).as_posix(): file for file in found}
     for card in (file for file in found if file.name == "README.md"):
         there = f'"{repo}"' if card.parent == model else f'"{repo}", subfolder="{card.parent.name}"'
@@ -90,6 +62,20 @@ def plan(model: Path, repo: str) -> Plan:
 
 def _contents(model: Path) -> list[Path]:
     """The files of a model folder, and of those for each kind of data in it. Raises: RecipeError if it is none."""
+    inside = sorted(model.iterdir()) if model.is_dir() else []
+    names = [file.name for file in inside]
+    several = [file.name for file in inside if (file / "config.json").is_file()]
+    if several and "config.json" not in names:
+        raise RecipeError(
+            f"{model} holds a model for each of {', '.join(several)} and none of all; push one, such as {model / several[0]}, "
+            "or write one of all with `mmssl export RUN to=FOLDER`."
+        )
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
+    members = [file for file in inside if file.name in _members(model) and file.is_dir() and not file.is_symlink()]
+    found = [f for f in inside if f not in members] + [file for folder in members for file in sorted(folder.iterdir())]
+    if odd := [str(file.relative_to(model)) for file in found if file.is_symlink() or not file.is_file()]:
+        raise RecipeError(f"{model}: {', '.join(odd)} is no plain file, and nothing is sent; push a folder of plain files.")
     return found
 
 
