@@ -112,7 +112,7 @@ def test_t35_strangers_and_friends_load_an_exported_folder(exported, objective, 
     running = [start(elsewhere, STRANGER, images, *files[:2], sounds, *files[2:])]
     running += [start(elsewhere, KNOWS.format(imports=imports), images) for imports in ORDERS]
     for process in running:
-        told, _ = process.communicate(timeout=120)
+        told, _ = process.communicate(timeout=600)
         assert process.returncode == 0, told
     (seen,) = torch.load(files[1], weights_only=True)
     assert_close(seen, outputs(objective.method.student.encoder), rtol=0, atol=1e-6)
@@ -314,7 +314,7 @@ def test_strangers_load_a_backbone(image_folder, tmp_path):
         given += [folder, inputs, tmp_path / f"{stem}.out"]
     homes = '("transformers.models.resnet.", "transformers_modules.")'
     process = start(elsewhere, STRANGER.replace('"transformers_modules."', homes), *given)
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=600)
     assert process.returncode == 0, told
     for stem, encoder in encoders.items():
         ((last, pooled, *layers),) = torch.load(tmp_path / f"{stem}.out", weights_only=True)
