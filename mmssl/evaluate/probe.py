@@ -112,7 +112,7 @@ def _one(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | 
     members = getattr(network.config, "members", None) or {}
     if not members and member is None:
         return network, model
-    if member not in members:
+    if member is None or member not in members:
         raise RecipeError(
             f"member: {model} takes {' and '.join(members)}; say which with member=NAME."
             if members

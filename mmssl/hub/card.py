@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmssl.config import Recipe
 from mmssl.registry import modality
@@ -44,7 +45,7 @@ tags: [self-supervised, multimodal]
 Trained together without labels by mmssl, {_length(step)}. One model takes the input of each, of one in a call.{apart}
 
 ```python
-{_example({name: modality(member.data.modality).features.input_name for name, member in members.items()})}```
+{_example({name: _input(member) for name, member in members.items()})}```
 
 Each folder prepares inputs, and is a model of its own, with a card that says how to load it:
 
@@ -71,6 +72,12 @@ def _example(inputs: Mapping[str, str]) -> str:
             f'features["{name}"] = model(**prepare({given}, return_tensors="pt"){whose}).pooler_output',
         ]
     return "\n".join(lines) + "\n"
+
+
+def _input(recipe: Recipe) -> str:
+    """Keyword of the model."""
+    features: Any = modality(recipe.data.modality).features
+    return features.input_name
 
 
 def _length(step: int | None) -> str:
@@ -108,7 +115,7 @@ def card(
         pooled = f".last_hidden_state[:, {first}:].mean(1)  # of one sample, without padding"
     stem = " with a small stem" if recipe.wrapped and recipe.model.stem == "small" else ""  # type: ignore[attr-defined]
     shape = f"{recipe.model.backbone}{stem} ({architecture})" if recipe.wrapped else architecture  # type: ignore[attr-defined]
-    loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
+    loader, given = LOADERS[_input(recipe)]
     name = recipe.method.name  # type: ignore[attr-defined]
     together = f" Its transformer learned from {' and '.join(beside)} as well; the recipe below is its part." if beside else ""
     return f"""---

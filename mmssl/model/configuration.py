@@ -74,8 +74,9 @@ class MmsslConfig(PretrainedConfig):
             layer_scale,
             extra_std,
         )
-        tied = {"tie_word_embeddings": True} if members else {}  # or transformers ties nothing
-        super().__init__(**tied | kwargs)
+        super().__init__(**kwargs)
+        if members:
+            self.tie_word_embeddings = True  # or transformers ties nothing
 
     def member(self, name: str) -> MmsslConfig:
         """Of a model of one member alone."""
