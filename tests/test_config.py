@@ -38,6 +38,12 @@ def test_a_shipped_recipe_is_right_and_survives_its_own_dump(name, tmp_path):
     assert all(member.build_views() is not None for member in recipe.members.values())
 
 
+@pytest.mark.parametrize("word", ["model.image_size=1000000000000", "model.hidden_size=1000000000000"])
+def test_sizes_beyond_any_memory_are_refused_by_their_block(word):
+    with pytest.raises(RecipeError, match=r"\n  model\b.*"):
+        Recipe.load(DEMO, "data.path=somewhere", word)
+
+
 def test_overrides_are_yaml_and_the_last_one_wins():
     recipe = Recipe.load(DEMO, "optim.lr=1e-3", "optim.betas=[0.8, 0.9]", "watch.path=null", "train.steps=7", "train.steps=8")
     assert recipe.optim.lr == 0.001

@@ -42,8 +42,8 @@ class Found(NamedTuple):
 
     refused: int
     built: int
-    wrong: list[str]  # what else happened, with the mutation
     slowest: float  # seconds
+    wrong: list[str]  # what else happened, with the mutation
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -115,7 +115,7 @@ def wrong(path: Path) -> str | None:
         named = all(line.startswith("  ") and ": " in line for line in problems) if " error" in first else not problems
         return "" if named and str(path) in first else f"names no key: {error}"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {str(error)[:200]}"
     return None
 
 
@@ -137,7 +137,7 @@ def attack(folder: Path, count: int, seed: int) -> Found:
         signal.alarm(0)
         slowest = max(slowest, time.monotonic() - start)
         outcomes.append(f"{found}\n{name}:\n{text}" if found else found)
-    return Found(outcomes.count(""), outcomes.count(None), [text for text in outcomes if text], round(slowest, 2))
+    return Found(outcomes.count(""), outcomes.count(None), round(slowest, 2), [text for text in outcomes if text])
 
 
 def _too_slow(*_: Any) -> None:

@@ -25,5 +25,6 @@ def run(arguments: list[str]) -> int:
     if given["json"]:
         print(json.dumps(facts))
     else:
-        print("\n".join(f"{name.replace('_', ' '):22}{value}" for name, value in facts.items()))
+        width = max(map(len, facts)) + 2
+        print("\n".join(f"{name.replace('_', ' '):{width}}{value}" for name, value in facts.items()))
     return 0

@@ -38,6 +38,7 @@ OPTIONS = {
     "member": (str, None, "whose encoder, of a model of several kinds of data"),
     "modality": (str, None, "kind of data, found by the model's input if unset"),
     "group": (str, None, "column whose values, such as speakers, are left out one by one in a further linear probe"),
+    "metrics": (bool, False, "label-free metrics of the training split and of random views of it, retrieval and clustering"),
     "json": (bool, False, "print JSON"),
 }
 
@@ -69,6 +70,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for protocol, found in measured["model"].items():
             cells = "".join(f"{scores[protocol]['accuracy']:>10.1%}" for scores in measured.values())
             rows.append(f"{protocol:14}{cells}  {_told(found)}")
+    told = {name: scores["metrics"] for name, scores in results.items() if "metrics" in scores}
+    if told:
+        rows += ["", f"{'metric':20}" + "".join(f"{name:>10}" for name in told)]
+        names = dict.fromkeys(name for found in told.values() for name in found)
+        rows += [
+            f"{name.replace('_', ' '):20}" + "".join(f"{f[name]:>10.4g}" if name in f else f"{'-':>10}" for f in told.values())
+            for name in names
+        ]
     if "labels" in results:
         n, least, most = results["labels"].values()
         each = f"{least}" if least == most else f"{least} to {most}"

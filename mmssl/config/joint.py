@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
@@ -47,6 +47,9 @@ class JointRecipe(Settings):
     """A run of several kinds of data. `modalities` names each, with the blocks `data, model, method, views`."""
 
     modalities: dict[str, MemberOptions] = Field(min_length=1)
+    balance: Literal["weight", "magnitude"] = Field(
+        "weight", description="magnitude: losses are divided by their running means, before weights multiply them."
+    )
     _members: dict[str, Recipe] = PrivateAttr(default_factory=dict)
 
     @property

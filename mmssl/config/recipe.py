@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 MODALITIES = "modalities"  # block of recipes for several kinds of data, see mmssl/config/joint.py
-BLOCKS = ("out", MODALITIES, "data", "model", "method", "views", "optim", "train", "watch", "save")
+BLOCKS = ("out", MODALITIES, "balance", "data", "model", "method", "views", "optim", "train", "watch", "save")
 
 
 def _block(kind: type[Options]) -> Any:
@@ -180,7 +180,7 @@ class Recipe(Settings):
                     problems.append(keyed(block, error))
                     if block == "model":
                         break  # the others cannot be built on it
-                except (ArithmeticError, MemoryError, RuntimeError) as error:  # of sizes that no check foresaw
+                except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:  # of sizes that no check foresaw
                     problems.append(f"{block}: cannot be built, {type(error).__name__}: {str(error).splitlines()[0][:200]}")
                     break
                 else:

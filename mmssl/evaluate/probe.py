@@ -14,6 +14,7 @@ from torch import Tensor
 from mmssl.config import DataOptions, WatchOptions, explain
 from mmssl.data.sources import open_source
 from mmssl.errors import RecipeError
+from mmssl.evaluate import health
 from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
@@ -188,6 +189,7 @@ def probe(
     lr: float | None = None,
     batch: int | None = None,
     augment: bool | None = None,
+    metrics: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
@@ -203,6 +205,7 @@ def probe(
             class. Parts of the same seed lie within each other.
         epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
             Without `augment` features are computed once and not for each epoch.
+        metrics: measure what needs no classifier as well, on the training split: see `mmssl.evaluate.health`.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
             of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
@@ -242,6 +245,13 @@ def probe(
             results[name]["protocols"] = _measured(protocols, sets, run, bank, test, seed)
         else:
             results[name]["linear"] = linear_accuracy(*features)
+        if metrics:
+            views = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
+            results[name]["metrics"] = {
+                **health.of_set(bank["embedding"]),
+                **health.of_views(*_shared(*views)),
+                **health.of_classes(bank["embedding"], bank["label"], seed),
+            }
         if group:
             both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
             if "left_out" not in results["raw"]:
@@ -282,6 +292,13 @@ def _measured(
         return moved(embed_set(sets.train.drawn(seed, epoch), run))
 
     return measure(protocols, moved(bank), moved(test), sets.classes, seed, drawn)
+
+
+def _shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
+    """Embeddings of the samples that are in both: a random view may be refused, such as a crop without any sound."""
+    both = set(first["index"].tolist()) & set(second["index"].tolist())
+    one, other = ([place for place, i in enumerate(rows["index"].tolist()) if i in both] for rows in (first, second))
+    return first["embedding"][one], second["embedding"][other]
 
 
 def _groups(part: Loaded, where: DataOptions, column: str) -> Tensor:

@@ -120,5 +120,10 @@ def uniformity(z: Tensor, t: float = 2.0, group: ProcessGroup | None = None) -> 
     rows = gather(unit_rows(z), group)
     if len(rows) < 2:
         raise ValueError("train.global_batch: 1, uniformity needs at least 2 samples")
-    pairs = off_diagonal(2 * t * (rows @ rows.T - 1))  # -t |a - b|^2
+    return log_potential(rows, t)
+
+
+def log_potential(rows: Tensor, t: float) -> Tensor:
+    """() log of the mean of exp(-t |a - b|^2) over pairs of different rows. rows: (N, D) of length 1, N >= 2."""
+    pairs = off_diagonal(2 * t * (rows @ rows.T - 1))
     return pairs.flatten().logsumexp(0) - math.log(pairs.numel())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from mmssl.methods.method import Guard, Method
-from mmssl.parts import Teacher
+from mmssl.parts import Magnitude, Teacher
 from mmssl.types import Clock
 
 
@@ -17,10 +18,15 @@ class Joint(Method):
     The trunk of all students is one, and so is that of all teachers that follow it alike.
     """
 
-    def __init__(self, members: Mapping[str, Method]):
-        """members: built on encoders that share a trunk, which is named after the first."""
+    def __init__(self, members: Mapping[str, Method], magnitudes: Mapping[str, Magnitude] | None = None):
+        """
+        Args:
+            members: built on encoders that share a trunk, which is named after the first.
+            magnitudes: of the losses of members that are balanced.
+        """
         super().__init__()
         self.members = nn.ModuleDict(dict(members))
+        self.magnitudes: Any = nn.ModuleDict(dict(magnitudes or {}))
         self.normal = tuple(  # type: ignore[misc]
             normal for method in members.values() for normal in method.normal
         )
@@ -31,7 +37,8 @@ class Joint(Method):
 
     def health(self, clock: Clock) -> dict[str, float]:
         """Of each member."""
-        return {f"{name}.{metric}": value for name, one in self._each() for metric, value in one.health(clock).items()}
+        each = [*self._each(), *self.magnitudes.items()]
+        return {f"{name}.{metric}": value for name, one in each for metric, value in one.health(clock).items()}
 
     def judge(self, health: Mapping[str, float]) -> list[str]:
         """Of each member, by its name."""

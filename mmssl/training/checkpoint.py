@@ -160,9 +160,16 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         raise CheckpointError(f"{path}: {reason}.")
     names = [name.removesuffix(SUFFIX) for name in _manifest(path)["files"] if name.endswith(SUFFIX)]
     try:
-        state = json.loads((path / STATE).read_text("utf-8"))
-        return {name: load_file(path / f"{name}{SUFFIX}") for name in names}, state
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        return {name: load_file(path / f"{name}{SUFFIX}") for name in names}, state_of(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors. Raises: CheckpointError if it cannot be read."""
+    try:
+        return json.loads((path / STATE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 

@@ -17,6 +17,7 @@ from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import Source, open_source
 from mmssl.hub.export import load_weights
 from mmssl.methods import Method
+from mmssl.parts import Magnitude
 from mmssl.registry import Views, modality
 from mmssl.training.batches import PassByPass, identity, key_batches, key_stream, steps_per_epoch
 from mmssl.training.launch import batch_split
@@ -44,8 +45,14 @@ class Member:
         check_method(recipe, self.source, self.views, alone=not name)
         self.epoch_steps = steps_per_epoch(recipe, self.source, self.views)
 
-    def learn(self, method: Method, folder: RunFolder, resume: bool, scale: float = 1.0) -> Objective:
-        """What is trained, with the method that was built for it; data and probes are ready then."""
+    def learn(self, method: Method, folder: RunFolder, resume: bool, scale: float = 1.0, balanced: bool = False) -> Objective:
+        """What is trained, with the method that was built for it; data and probes are ready then.
+
+        Args:
+            resume: whether a checkpoint will be loaded into it.
+            scale: what its loss counts.
+            balanced: whether its loss is divided by its running mean.
+        """
         recipe = self.recipe
         self.method = method
         self.quarantine = quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
@@ -63,7 +70,7 @@ class Member:
             load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
             for part in method.parts():
                 part.restart()
-        self.objective = Objective(method, classes, self.views.ragged, scale)
+        self.objective = Objective(method, classes, self.views.ragged, scale, Magnitude() if balanced else None)
         return self.objective
 
     def loader(self, start: int, steps: int) -> Restarting | PassByPass:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmssl.distributed import all_sum, rank, world
 from mmssl.methods.joint import Joint
 from mmssl.methods.method import Method
+from mmssl.parts import Magnitude
 from mmssl.random import row_keys
 from mmssl.types import Batch, Clock
 
@@ -56,13 +57,16 @@ class Objective(nn.Module):
         classes: if above 0, a linear classifier learns from detached embeddings; it has no influence on the encoder.
         ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
         scale: what the loss is multiplied by, but not its terms, as they are logged.
+        magnitude: if given, the loss is also divided by its running mean.
     """
 
     accepts_loss_kwargs = False  # the Trainer must divide the loss by the number of micro-batches itself
 
-    def __init__(self, method: Method, classes: int = 0, ragged: bool = False, scale: float = 1.0):
+    def __init__(
+        self, method: Method, classes: int = 0, ragged: bool = False, scale: float = 1.0, magnitude: Magnitude | None = None
+    ):
         super().__init__()
-        self.method, self.ragged, self.scale = method, ragged, scale
+        self.method, self.ragged, self.scale, self.magnitude = method, ragged, scale, magnitude
         dim = method.student.encoder.dim
         self.standardise = Standardise(dim)
         self.probe = nn.Linear(dim, classes) if classes else None
@@ -103,7 +107,12 @@ class Objective(nn.Module):
         if keys:
             torch.manual_seed(keys[0])
         losses, health, embedding = self.method(batch, clock)
-        loss = self.scale * torch.stack([term.float() for term in losses.values()]).sum()
+        loss = torch.stack([term.float() for term in losses.values()]).sum()
+        share = weights[""] if weights else 1.0
+        if self.magnitude is not None:
+            self.magnitude.measure(loss * share)
+            loss = loss * self.magnitude.factor()
+        loss = self.scale * loss
         out = {"total": loss, "loss": loss.detach()}
         out |= {f"loss/{name}": term.detach() for name, term in losses.items()}
         out |= {f"health/{name}": value.detach() for name, value in health.items()}
@@ -112,7 +121,7 @@ class Objective(nn.Module):
             known = (labels >= 0).sum().clamp(min=1)  # a batch without any label adds zero, not NaN
             out["total"] = loss + PROBE_SCALE * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
         if weights:
-            out = {name: value if name.startswith("health/") else value * weights[""] for name, value in out.items()}
+            out = {name: value if name.startswith("health/") else value * share for name, value in out.items()}
         return out
 
     @property
@@ -148,7 +157,8 @@ class JointObjective(nn.Module):
     def __init__(self, members: Mapping[str, Objective]):
         super().__init__()
         self.members = nn.ModuleDict(dict(members))
-        method = Joint({name: objective.method for name, objective in members.items()})
+        magnitudes = {name: objective.magnitude for name, objective in members.items() if objective.magnitude is not None}
+        method = Joint({name: objective.method for name, objective in members.items()}, magnitudes)
         object.__setattr__(self, "method", method)  # the same modules under other names: not registered twice
         self.method: Joint
         self.ragged = any(objective.ragged for objective in members.values())

@@ -18,6 +18,7 @@ from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import modelling_code
 from mmssl.parts import Teacher
+from mmssl.training import checkpoint
 from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
@@ -25,9 +26,10 @@ from mmssl.training.outcome import leave, record_failure
 from mmssl.training.peers import Peers
 from mmssl.training.progress import Progress
 from mmssl.training.replay import record
+from mmssl.training.resuming import added
 from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import Proof, complete, has_saved, load_run, reopen, rewind, save_run
+from mmssl.training.saving import Proof, complete, has_saved, load_run, newest, reopen, rewind, save_run
 from mmssl.training.signals import Signals
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -120,12 +122,18 @@ class Run:
                 f"mmssl: note: optim.warmup={recipe.optim.warmup}{hold} fill the run of {whole} {recipe.optim.by}s; {reached}.",
                 file=sys.stderr,
             )
+        found = newest(folder) if resume else None
+        new = added(checkpoint.state_of(found)["recipe"], recipe) if found is not None else set()
         self.objective: Objective | JointObjective
         self.quarantine: Quarantine
         if isinstance(recipe, JointRecipe):
             modelling_code([*recipe.members.values()])  # what cannot be exported is told now
             methods, given = recipe.build(), recipe.modalities
-            learned = {m.name: m.learn(methods[m.name], folder, resume, given[m.name].weight) for m in members}
+            balanced = recipe.balance == "magnitude"
+            learned = {
+                m.name: m.learn(methods[m.name], folder, resume and m.name not in new, given[m.name].weight, balanced)
+                for m in members
+            }
             self.objective, self.quarantine = JointObjective(learned), Quarantines([m.quarantine for m in members])
         else:
             self.objective = members[0].learn(members[0].recipe.build(), folder, resume)
@@ -136,10 +144,10 @@ class Run:
             encoders = [*students, *(part.encoder for part in parts if isinstance(part, Teacher))]
             for block in dict.fromkeys(b for e in encoders for b in e.compilable()):
                 block.compile()
-        tensors, state, found = {}, {}, None
+        tensors, state = {}, {}
         streaming = any(member.source.streaming for member in members)
-        if resume:
-            tensors, state, found = load_run(self.objective, folder, recipe, streaming, allow_changed, self._next_batch)
+        if found is not None:
+            tensors, state = load_run(self.objective, folder, found, recipe, streaming, allow_changed, self._next_batch)
         for part in self.objective.method.parts() if recipe.train.split_teacher else ():
             if isinstance(part, Teacher):
                 part.split()
@@ -243,10 +251,9 @@ class Run:
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
 
-    def _next_batch(self, step: int) -> str | None:
-        """Identity of the update after `step`; None where it is not a function of the data alone."""
-        found = [member.next_batch(step) for member in self.members]
-        return None if None in found else "".join(one or "" for one in found)
+    def _next_batch(self, step: int) -> dict[str, str | None]:
+        """Member -> identity of the update after `step`; None where it is not a function of the data alone."""
+        return {member.name: member.next_batch(step) for member in self.members}
 
     def _rewind(self, trainer: SelfSupervisedTrainer, why: MmsslError) -> None:
         rewind(trainer, self.folder, why)

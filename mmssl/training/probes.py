@@ -11,7 +11,7 @@ import torch
 from mmssl import random
 from mmssl.config import Recipe
 from mmssl.data.sources import Source
-from mmssl.evaluate import collapse, knn
+from mmssl.evaluate import collapse, health, knn
 from mmssl.evaluate.features import Loaded, PlainSet, Sets, embed, held_out, open_sets
 from mmssl.registry import Modality, Views
 from mmssl.training.objective import Objective, called, inside
@@ -69,8 +69,7 @@ class Probes:
             test = embed(self.sets.test, run) if self.sets.test else None
         model.train(was_training)
         metrics = {
-            "health/rankme": collapse.rankme(bank["embedding"]),
-            "health/embedding_std": collapse.dimension_std(bank["embedding"]),
+            **{f"health/{name}": value for name, value in health.of_set(bank["embedding"]).items()},
             "health/feature_rankme": collapse.rankme(bank["local"]),
         }
         self.warn(metrics["health/feature_rankme"])

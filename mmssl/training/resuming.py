@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from mmssl.config import Settings
@@ -34,7 +35,11 @@ def check_changes(saved: Mapping[str, str], recipe: Settings, allowed: Collectio
     Raises: RecipeError naming what may not change.
     """
     now = facts(recipe)
-    changed = [key for key in now if key in saved and saved[key] != now[key] and not _free(key)]
+    gone = sorted(_members(saved) - _members(now))
+    if gone and _members(now):
+        raise RecipeError(f"modalities.{gone[0]}: the run was saved with it and goes on with it; weight=0 pauses it.")
+    free = _check_batches(saved, now) if added(saved, recipe) else set()
+    changed = [key for key in now if key in saved and saved[key] != now[key] and not _free(key) and key not in free]
     refused = [key for key in changed if not within(key, (*WARNED, *allowed)) and not _weighs(key)]
     for key in changed if aloud and not refused else ():
         print(f"mmssl: note: {key} was {saved[key]} when the run was saved, and is {now[key]} from here on.", file=sys.stderr)
@@ -44,6 +49,44 @@ def check_changes(saved: Mapping[str, str], recipe: Settings, allowed: Collectio
             f"The run was saved under another recipe:\n{listing}\nSet this back in config.yaml, or go on all the same with "
             f"mmssl resume RUN allow_changed={','.join(refused)}."
         )
+
+
+def added(saved: Mapping[str, str], recipe: Settings) -> set[str]:
+    """Kinds of data that a run of several learns from, and that its checkpoint does not know.
+
+    Args:
+        saved: facts of the recipe that the checkpoint was saved with.
+    """
+    before = _members(saved)
+    return {*recipe.members} - before if before else set()
+
+
+def _members(facts: Mapping[str, str]) -> set[str]:
+    return {key.split(".")[1] for key in facts if key.startswith("modalities.")}
+
+
+def _parts(facts: Mapping[str, str]) -> dict[str, Fraction]:
+    """Member -> its part of every batch."""
+    shares = {name: Fraction(json.loads(facts[f"modalities.{name}.share"])) for name in _members(facts)}
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def _check_batches(saved: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
+    """Keys that may change where kinds of data are added, as the others have as many samples in an update as before.
+
+    Raises: RecipeError with the batch that leaves them so.
+    """
+    keys, before, after = ("train.global_batch", "train.micro_batch"), _parts(saved), _parts(now)
+    for key in keys:
+        then, here = json.loads(saved[key]), json.loads(now[key])
+        for member, part in before.items() if then is not None else ():
+            due = then * part / after[member]
+            if here != due:
+                raise RecipeError(
+                    f"{key}: an update had {then * part} samples of {member} when the run was saved, and keeps them beside "
+                    f"what is added. Set {key}={float(due):g}, or modalities.NAME.share of what is added."
+                )
+    return {*keys, *(f"modalities.{member}.share" for member in before)}
 
 
 def _free(key: str) -> bool:

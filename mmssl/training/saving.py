@@ -46,13 +46,16 @@ def has_saved(folder: RunFolder) -> bool:
 
 
 def save_run(
-    trainer: SelfSupervisedTrainer, views: Mapping[str, Views], folder: RunFolder, next_batch: str | None = None
+    trainer: SelfSupervisedTrainer,
+    views: Mapping[str, Views],
+    folder: RunFolder,
+    next_batch: Mapping[str, str | None] | None = None,
 ) -> None:
     """Checkpoint and `model/`, written by the main process from whole tensors.
 
     Args:
         views: of each member of the recipe.
-        next_batch: identity of the update that comes next, see `batches.identity`.
+        next_batch: of each member, identity of the update that comes next, see `batches.identity`.
     Raises: NonFiniteError if anything of it is not finite; StorageError if the disk is full or read-only for the
         `save.max_failed`th time in a row, or when the run ends. Before that it is said, and the run goes on.
     """
@@ -88,7 +91,7 @@ def _save(
     views: Mapping[str, Views],
     folder: RunFolder,
     tensors: dict[str, dict[str, torch.Tensor]],
-    next_batch: str | None,
+    next_batch: Mapping[str, str | None] | None,
 ) -> None:
     step, recipe = trainer.state.global_step, trainer.recipe
     also_keep = trainer.retention.at(step)
@@ -100,7 +103,7 @@ def _save(
         "samples": [trainer.bad, trainer.seen],
         "skipped": trainer.recent,
         "retention": trainer.retention.state(),
-        "next_batch": next_batch,
+        "next_batch": dict(next_batch or {}),
         "metrics": trainer.metrics,
         "recipe": resuming.facts(recipe),
         "tracker": folder.read_status().get("tracker"),
@@ -138,41 +141,38 @@ def complete(recipe: Settings, views: Mapping[str, Views], folder: RunFolder, pa
 def load_run(
     objective: Objective | JointObjective,
     folder: RunFolder,
+    path: Path,
     recipe: Settings,
     streaming: bool,
     allowed: Collection[str] = (),
-    next_batch: Callable[[int], str | None] = lambda _: None,
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any], Path]:
-    """Tensors, state and path of the newest usable checkpoint; the weights are loaded already.
+    next_batch: Callable[[int], dict[str, str | None]] = lambda _: {},
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Tensors and state of a checkpoint; the weights are loaded already.
 
     Args:
         allowed: keys of the recipe that may differ from the saved ones.
-        next_batch: step -> identity of the update that comes next.
-    Raises: CheckpointError if there is none; RecipeError if the recipe or the data are others than those of the run.
+        next_batch: step -> identity of the update that comes next, of each kind of data.
+    Raises: CheckpointError if it does not fit; RecipeError if the recipe or the data are others than those of the run.
     """
-    path = choose(folder)
-    if path is None:
-        raise CheckpointError(f"{folder.path} holds no usable checkpoint. Start again with overwrite=true.")
     tensors, state = checkpoint.load(path)
     resuming.check_changes(state.get("recipe", {}), recipe, allowed, folder.is_main)
     if streaming and state["world"] != world():
         raise CheckpointError(f"A stream resumes on as many processes as it was saved on: {state['world']}, not {world()}.")
-    now = next_batch(int(state["step"]))
-    if (
-        None not in (state.get("next_batch"), now)
-        and state["next_batch"] != now
-        and not any(resuming.within(key, ["data"]) for key in allowed)
-    ):
+    now, saved = next_batch(int(state["step"])), state.get("next_batch") or {}
+    saved = saved if isinstance(saved, dict) else {"": saved}  # as runs of one kind of data wrote it before version 0.9
+    moved = [name for name, batch in saved.items() if None not in (batch, now.get(name)) and batch != now[name]]
+    if moved and not any(resuming.within(key, ["data"]) for key in allowed):
+        key = f"modalities.{moved[0]}.data.path" if moved[0] else "data.path"
         raise RecipeError(
-            f"data.path: the batch after step {state['step']} holds other samples than when the run was saved: the data have "
+            f"{key}: the batch after step {state['step']} holds other samples than when the run was saved: the data have "
             "changed, or the number of processes where train.micro_batch is unset. Go on all the same with "
             f"mmssl resume {folder.path} allow_changed=data."
         )
-    load_model_state(objective, tensors["model"])
+    load_model_state(objective, tensors["model"], resuming.added(state.get("recipe", {}), recipe))
     barrier()  # all have read it
     if folder.is_main:
         folder.truncate_metrics(int(state["step"]))
-    return tensors, state, path
+    return tensors, state
 
 
 class Proof(TrainerCallback):
@@ -193,6 +193,14 @@ class Proof(TrainerCallback):
             if state.is_world_process_zero:
                 checkpoint.forget_tries(self.path)
             self.path = None
+
+
+def newest(folder: RunFolder) -> Path:
+    """The checkpoint to go on from; a collective. Raises: CheckpointError."""
+    path = choose(folder)
+    if path is None:
+        raise CheckpointError(f"{folder.path} holds no usable checkpoint. Start again with overwrite=true.")
+    return path
 
 
 def choose(folder: RunFolder, most: int | None = None) -> Path | None:
@@ -229,7 +237,7 @@ def rewind(trainer: SelfSupervisedTrainer, folder: RunFolder, why: MmsslError) -
     if path is None:
         raise type(why)(f"{why} There is no checkpoint to go back to.")
     tensors, state = checkpoint.load(path)
-    restore_model_state(trainer.objective, tensors["model"])
+    restore_model_state(trainer.objective, tensors["model"], resuming.added(state.get("recipe", {}), trainer.recipe))
     load_optimizer_state(trainer.objective, trainer.optimizer, tensors["optimizer"])
     trainer.stand_at(state)
     barrier()  # all have read it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ def _each_once(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if first[id(tensor)] == name}
 
 
-def load_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor]) -> None:
-    """In place, before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit."""
+def load_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor], added: Collection[str] = ()) -> None:
+    """In place, before the module is wrapped or partitioned. Raises: CheckpointError naming what does not fit.
+
+    Args:
+        added: members that the checkpoint does not know, and that stay as they are.
+    """
     own = _each_once(objective.state_dict(keep_vars=True))
+    own = {n: t for n, t in own.items() if n in saved or not n.startswith(tuple(f"members.{name}." for name in added))}
     wrong = [n for n in own if n not in saved] + [n for n in saved if n not in own]
     wrong += [n for n in own if n in saved and own[n].shape != saved[n].shape]
     if wrong:
@@ -40,15 +46,16 @@ def load_model_state(objective: Objective | JointObjective, saved: dict[str, Ten
     objective.load_state_dict(saved, strict=False)  # of what has several names, one is enough
 
 
-def restore_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor]) -> None:
+def restore_model_state(objective: Objective | JointObjective, saved: dict[str, Tensor], added: Collection[str] = ()) -> None:
     """The same while it trains, wrapped or partitioned as it is."""
     split = {name: parameter for name, parameter in objective.named_parameters() if is_partitioned(parameter)}
     if split:
         objective.load_state_dict({name: tensor for name, tensor in saved.items() if name not in split}, strict=False)
     else:
-        load_model_state(objective, saved)
+        load_model_state(objective, saved, added)
     for name, parameter in split.items():
-        set_full_value(parameter, saved[name])
+        if name in saved:
+            set_full_value(parameter, saved[name])
     for parameter in objective.parameters():
         master = getattr(parameter, "_hp_mapping", None)  # this rank's slice of it, under ZeRO-1 and ZeRO-2
         if master is not None:

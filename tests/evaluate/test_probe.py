@@ -8,6 +8,7 @@ from transformers import RobertaConfig, RobertaModel, ViTConfig, ViTModel, Wav2V
 
 from mmssl.cli import main
 from mmssl.errors import RecipeError
+from mmssl.evaluate import health
 from mmssl.evaluate import probe as module
 from mmssl.evaluate.probe import _runner, inputs_of, modality_of, untrained
 from mmssl.model.configuration import MmsslConfig
@@ -233,6 +234,23 @@ def test_the_command_line_has_a_row_for_each_protocol(tiny_model, image_folder, 
         assert line.split()[1:3] == both
     assert main([*words[:-1], "protocol=symclr"]) == 2
     assert "did you mean simclr?" in capsys.readouterr().err
+
+
+def test_metrics_without_a_classifier_are_told_of_each_network(tiny_model, image_folder, tmp_path, capsys):
+    """Those of the training split are what the functions say of its embeddings."""
+    tiny_model.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), f"data={image_folder}", "metrics=true", "random=true", "samples=24"]
+    assert main(["probe", *words, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = module.embed(tmp_path / "model", str(image_folder), samples=24)
+    expected = health.of_set(rows["embedding"]) | health.of_classes(rows["embedding"], rows["label"])
+    mine = found["model"]["metrics"]
+    assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert mine["alignment"] > 0
+    assert 1 <= mine["lidar"] <= 24
+    assert found["random"]["metrics"].keys() == mine.keys()
+    assert main(["probe", *words]) == 0
+    assert "effective rank" in capsys.readouterr().out
 
 
 def test_the_help_names_every_protocol():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from mmssl.distributed import world
-from mmssl.parts import Center, Memory, Queue
+from mmssl.parts import Center, Magnitude, Memory, Queue
 from mmssl.parts.kmeans import draw_rows, kmeans, pca_whiten, spherical_kmeans, uniform_order
 from mmssl.types import Clock
 from tests.losses.cases import CASES
@@ -21,7 +21,7 @@ def draw(*shape, seed=0):
 
 def states(rank):
     """State of each part after two updates of two micro-batches, and what each rank reads of the queue."""
-    parts = [Queue(10, 3), Queue(10, 3, newest_first=True), Memory(40, 3, 0.5), Center(3)]
+    parts = [Queue(10, 3), Queue(10, 3, newest_first=True), Memory(40, 3, 0.5), Center(3), Magnitude()]
     for part in parts:
         part.double()
     ids = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -36,6 +36,7 @@ def states(rank):
                 part.push(rows[rank :: world()], index[rank :: world()])
             parts[2].write(index[rank :: world()], rows[rank :: world()])
             parts[3].update(rows.nan_to_num()[rank :: world()])
+            parts[4].measure(rows.nan_to_num()[rank :: world()].mean())
         for part in parts:
             part.after_step(Clock(update + 1))
     return [dict(part.state_dict()) for part in parts], [

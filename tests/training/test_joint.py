@@ -1,5 +1,6 @@
 """Several kinds of data in one run."""
 
+import copy
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from PIL import Image
 from torch.testing import assert_close
 
 from mmssl import embed, load_encoder
 from mmssl.cli import main
-from mmssl.config import JointRecipe, Recipe, load_recipe
+from mmssl.config import JointRecipe, Recipe, check_recipe, load_recipe
+from mmssl.config.reading import apply_override
 from mmssl.errors import NonFiniteError, RecipeError
 from mmssl.methods.joint import Joint
 from mmssl.training import checkpoint
@@ -211,6 +214,91 @@ def test_a_run_resumes_to_the_same_bits(whole, tmp_path):
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
+def more(run: Path, folder: Path, *words: str) -> JointRecipe:
+    """The recipe of a run with the sounds once more, from a feature encoder of their own."""
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    hums = copy.deepcopy(raw["modalities"]["speech"])
+    hums["data"] |= {"path": str(folder / "sounds")}
+    raw["modalities"]["hums"] = hums
+    for word in words:
+        apply_override(raw, word)
+    found = check_recipe({**raw, "out": str(run)})
+    assert isinstance(found, JointRecipe)
+    return found
+
+
+@pytest.fixture
+def half(whole, tmp_path) -> Path:
+    """The run as it was at its first save."""
+    shutil.copytree(whole, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/checkpoints/step-00000006")
+    return tmp_path / "half"
+
+
+def test_a_kind_of_data_added_later_leaves_the_losses_of_that_step_as_they_are(folder, whole, half):
+    """Of the others; from the next update on the trunk learns from it too, and the run goes on and resumes as any other."""
+    pretrain(more(half, folder, "train.global_batch=24"), resume=True)
+    assert curve(half)[:3] == curve(whole)[:3]
+    for part in ("vision.tokens", "vision.cls", "speech.tokens"):
+        mine, theirs = ([line[f"loss/{part}"] for line in lines(run)] for run in (half, whole))
+        assert mine[3] == theirs[3]
+        assert mine[4] != theirs[4]
+    assert [("loss/hums.tokens" in line) for line in lines(half)] == [False] * 3 + [True] * 3
+    assert (half / "model/hums/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("train.global_batch=30",),
+            r"train\.global_batch: an update had 8 samples of \w+ when the run was saved.* Set train\.global_batch=24",
+        ),
+        (("train.global_batch=24", "modalities.speech.views.longest=0.6"), r"modalities\.speech\.views\.longest was 0\.5"),
+    ],
+)
+def test_what_is_added_must_not_change_what_is_there(folder, half, words, told):
+    with pytest.raises(RecipeError, match=told):
+        prepare(more(half, folder, *words), resume=True)
+
+
+def test_a_kind_of_data_is_not_dropped_in_silence(half):
+    raw = yaml.safe_load((half / "config.yaml").read_text())
+    raw["modalities"].pop("speech")
+    with pytest.raises(RecipeError, match=r"modalities\.speech: the run was saved with it .* weight=0 pauses it"):
+        prepare(check_recipe({**raw, "out": str(half)}), resume=True)
+
+
+# Balance -------------------------------------------------------------------------------------------------------------
+
+
+def test_balanced_losses_are_divided_by_their_running_means(folder, tmp_path):
+    """By hand, in float64: what the log says each is divided by, and that its logarithm is what is learned."""
+    run = pretrain(recipe(folder, tmp_path / "run", "balance=magnitude", "modalities.speech.weight=0.5"))
+    terms = {"vision": ("tokens", "cls"), "speech": ("tokens",)}
+    running = dict.fromkeys(terms, 0.0)
+    for number, line in enumerate(lines(run), 1):
+        total = 0.0
+        for name, weight in (("vision", 1.0), ("speech", 0.5)):
+            loss = sum(line[f"loss/{name}.{term}"] for term in terms[name])
+            total += weight * loss / (running[name] / (1 - 0.99 ** (number - 1)) if number > 1 else 1.0)
+            running[name] += 0.01 * (loss - running[name])
+            assert line[f"health/{name}.magnitude"] == pytest.approx(running[name] / (1 - 0.99**number), rel=1e-5)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_balance_goes_on_where_it_was_and_does_not_depend_on_micro_batches(folder, tmp_path):
+    words = ("balance=magnitude", "train.steps=4", "save.every=2", "modalities.vision.weight=2")
+    whole, parts = (
+        pretrain(recipe(folder, tmp_path / name, *words, f"train.micro_batch={size}")) for name, size in (("a", 16), ("b", 8))
+    )
+    assert curve(parts) == pytest.approx(curve(whole), rel=1e-5)
+    shutil.rmtree(whole / "checkpoints/step-00000004")
+    before = curve(whole)
+    pretrain(load_recipe(whole / "config.yaml", f"out={whole}"), resume=True)
+    assert curve(whole) == before
+
+
 def test_micro_batches_do_not_change_the_curve(folder, whole, tmp_path):
     """Recordings differ in length, so that micro-batches of theirs weigh unequally while those of pictures do not."""
     run = pretrain(recipe(folder, tmp_path / "run", "train.micro_batch=8"))
@@ -233,6 +321,33 @@ def test_what_is_not_finite_in_one_kind_of_data_spoils_the_update(folder, tmp_pa
     assert len(told["names"]) == 16
     with pytest.raises(RecipeError, match="several kinds of data, whose batches are not replayed"):
         replay(tmp_path / "run")
+
+
+def accelerate(profile: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["accelerate", "launch", "--config_file", f"recipes/accelerate/{profile}.yaml", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("profile", ["cpu2-ddp", "cpu2-zero3"])
+def test_two_ranks_go_on_with_what_one_process_saved_and_add_a_kind_of_data(profile, folder, whole, half):
+    """Losses of the others are those of one process without it, up to rounding; it is learned, averaged and saved."""
+    if profile == "cpu2-zero3" and not shutil.which("c++") and not shutil.which("g++"):
+        pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
+    (half / "config.yaml").write_text(more(half, folder, "train.global_batch=24").dump())
+    done = accelerate(profile, "-m", "mmssl", "resume", str(half))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("vision.tokens", "vision.cls", "speech.tokens"):
+        assert lines(half)[3][f"loss/{part}"] == pytest.approx(lines(whole)[3][f"loss/{part}"], rel=1e-5)
+    start, end = more(half, folder, "train.global_batch=24").build()["hums"].state_dict(), tensors(half)
+    for network in ("student.encoder.features.", "teacher.network."):
+        own = {
+            n.removeprefix("members.hums.method."): t for n, t in end.items() if n.startswith(f"members.hums.method.{network}")
+        }
+        assert any(not torch.equal(tensor, start[name]) for name, tensor in own.items())
 
 
 SCRIPT = """
@@ -265,17 +380,7 @@ def test_t08_ranks_that_go_through_kinds_of_data_in_another_order_are_stopped_un
     if not shutil.which("c++") and not shutil.which("g++"):
         pytest.skip("DeepSpeed on CPU compiles a small extension, and there is no C++ compiler here")
     (tmp_path / "unlike.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
-    words = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu2-zero3.yaml", str(tmp_path / "unlike.py")]
-    done = subprocess.run(
-        [*words, str(folder / "joint.yaml"), f"out={tmp_path / 'run'}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    done = accelerate("cpu2-zero3", str(tmp_path / "unlike.py"), str(folder / "joint.yaml"), f"out={tmp_path / 'run'}")
     said = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
     assert sorted(line[:13] for line in said) == ["rank 0 exit 7", "rank 1 exit 7"], done.stderr[-3000:]
     assert all("Rank 1 comes to members.speech where rank 0 comes to members.vision" in line for line in said)
