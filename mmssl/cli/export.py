@@ -1,7 +1,8 @@
 """write the encoder of a run as a model folder
 
 mmssl export RUN to=FOLDER takes the newest complete checkpoint. Without `which`, the network that the method's paper uses
-downstream is written. The folder loads with AutoModel in an environment that has torch and transformers only.
+downstream is written. The folder loads with AutoModel in an environment that has torch and transformers only. A run of several
+kinds of data gives one model of all, and in its folder one with a model of each.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ OPTIONS = {
     "column": (str, None, "column of the data, found by name if unset"),
     "label": (str, None, "column of the labels, found by name if unset"),
     "root": (str, None, "folder that names in a table are relative to"),
+    "member": (str, None, "whose encoder, of a model of several kinds of data"),
     "modality": (str, None, "kind of data, found by the model's input if unset"),
     "group": (str, None, "column whose values, such as speakers, are left out one by one in a further linear probe"),
     "metrics": (bool, False, "label-free metrics of the training split and of random views of it, retrieval and clustering"),

@@ -1,7 +1,8 @@
 """send the encoder of a run to the Hub: mmssl push RUN ORG/NAME
 
-RUN is a run folder, whose model/ is sent, or a model folder that `mmssl export` has written. A new repository is private. All
-files come in one commit, so that an interrupted push leaves the model that was there. The token is that of `hf auth login` or
+RUN is a run folder, whose model/ is sent, or a model folder that `mmssl export` has written. That of several kinds of data is
+sent with its folders for each; RUN/model/MEMBER sends one of them. A new repository is private. All files come in one commit,
+so that an interrupted push leaves the model that was there. The token is that of `hf auth login` or
 HF_TOKEN.
 """
 

@@ -73,7 +73,7 @@ def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
     from mmssl.model import library
     from mmssl.model.configuration import MmsslConfig
 
-    core = options_of(MmsslConfig, "modality", "kwargs", "backbone")
+    core = options_of(MmsslConfig, "modality", "kwargs", "backbone", "members")
     whole = {name: core.pop(name) for name in ("stem", "zero_init")}
     fields: dict[str, Any] = {
         "init": (str | None, Field(None, description="Folder or Hub id of a model of the same shape to start from.")),

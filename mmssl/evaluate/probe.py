@@ -20,7 +20,7 @@ from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.evaluate.linear import Linear, linear_accuracy
 from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
-from mmssl.hub.export import load_encoder
+from mmssl.hub.export import load_encoder, member_folder
 from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
 
@@ -104,6 +104,25 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
+def _one(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | Path]:
+    """A model to measure and where it lies: that of a member, if the model is one of several kinds of data.
+
+    Raises: RecipeError if it is left open which.
+    """
+    network = load_encoder(model)
+    members = getattr(network.config, "members", None) or {}
+    if not members and member is None:
+        return network, model
+    if member is None or member not in members:
+        raise RecipeError(
+            f"member: {model} takes {' and '.join(members)}; say which with member=NAME."
+            if members
+            else f"member: {model} is a model of one kind of data; leave it out."
+        )
+    place = member_folder(model, member)
+    return load_encoder(place), place
+
+
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -149,11 +168,12 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
 
     Args:
         model: folder or Hub id.  data: folder, table or Hub id.
-        options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`.
+        options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`; `member` of a model of several
+            kinds of data.
     Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
     """
-    network = load_encoder(model)
-    rows = embed_set(_open(network, model, data, options)[0].train, _runner(network))
+    network, place = _one(model, options.pop("member", None))
+    rows = embed_set(_open(network, place, data, options)[0].train, _runner(network))
     return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
@@ -186,7 +206,8 @@ def probe(
         epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
             Without `augment` features are computed once and not for each epoch.
         metrics: measure what needs no classifier as well, on the training split: see `mmssl.evaluate.health`.
-        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`.
+        options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
+            of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
         `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
         `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
@@ -199,9 +220,9 @@ def probe(
         name = next(name for name, value in changes.items() if value is not None)
         raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
     protocols = {} if protocol is None else choose(protocol, k, **changes)
-    network = load_encoder(model)
+    network, place = _one(model, options.pop("member", None))
     layers = _cls_layers(protocols, network)
-    sets, where = _open(network, model, data, options, None if labels is None else (labels, seed))
+    sets, where = _open(network, place, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
     groups = [_groups(part, where, group) if group else None for part in (sets.train, sets.test)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmssl.config import Recipe
 from mmssl.registry import modality
@@ -14,28 +15,78 @@ LOADERS = {  # keyword of the model -> what prepares its input
     "input_ids": ("AutoTokenizer", "text"),
 }
 
+OWN_CODE = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed"
 
-def joint_card(names: Sequence[str], recipe: str, metrics: dict[str, float], step: int | None) -> str:
-    """Markdown for a folder that holds an encoder for each of several kinds of data."""
-    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    folders = "".join(f"* `{name}/`\n" for name in names)
-    length = f"{step} updates" if step else "an unknown number of updates"
+
+def joint_card(
+    members: Mapping[str, Recipe],
+    which: Mapping[str, str],
+    trunks: Mapping[str, str],
+    recipe: str,
+    metrics: dict[str, float],
+    step: int | None,
+) -> str:
+    """Markdown for a folder that holds one model of several kinds of data, and one of each.
+
+    Args:
+        which: member -> student or teacher.
+        trunks: member -> the one whose transformer it has.
+    """
+    (first, *others), said = members, {name: member.method.name for name, member in members.items()}  # type: ignore[attr-defined]
+    apart = "".join(f" The transformer of {name} is another than that of {first}." for name in others if trunks[name] == name)
+    folders = "".join(f"* `{name}/`: {which[name]} of {method}\n" for name, method in said.items())
     return f"""---
 library_name: transformers
 tags: [self-supervised, multimodal]
 ---
 
-# Encoders of {", ".join(names)} with one transformer
+# Encoders of {", ".join(members)} with one transformer
 
-Trained together without labels by mmssl, {length}. Each folder is a model of its own, with a card that says how to load it:
+Trained together without labels by mmssl, {_length(step)}. One model takes the input of each, of one in a call.{apart}
 
-{folders}{table}
+```python
+{_example({name: _input(member) for name, member in members.items()})}```
+
+Each folder prepares inputs, and is a model of its own, with a card that says how to load it:
+
+{folders}{_table(metrics)}
 ## Recipe
 
 ```yaml
 {recipe}```
 """
+
+
+def _example(inputs: Mapping[str, str]) -> str:
+    """Lines that load a model of several members and call it for each. inputs: member -> keyword of the model."""
+    lines = [
+        f"from transformers import {', '.join(sorted({'AutoModel', *(LOADERS[kind][0] for kind in inputs.values())}))}",
+        f'model = AutoModel.from_pretrained("PATH"{OWN_CODE}',
+        "features = {}",
+    ]
+    for name, kind in inputs.items():
+        loader, given = LOADERS[kind]
+        whose = f', member="{name}"' if [*inputs.values()].count(kind) > 1 else ""
+        lines += [
+            f'\nprepare = {loader}.from_pretrained("PATH", subfolder="{name}")',
+            f'features["{name}"] = model(**prepare({given}, return_tensors="pt"){whose}).pooler_output',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _input(recipe: Recipe) -> str:
+    """Keyword of the model."""
+    features: Any = modality(recipe.data.modality).features
+    return features.input_name
+
+
+def _length(step: int | None) -> str:
+    return f"{step} updates" if step else "an unknown number of updates"
+
+
+def _table(metrics: dict[str, float]) -> str:
+    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
+    return f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
 
 
 def card(
@@ -54,7 +105,7 @@ def card(
     from mmssl.methods import METHODS
 
     own = architecture == "MmsslModel"
-    trust = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed" if own else ")"
+    trust = OWN_CODE if own else ")"
     if own:
         pooled = ".pooler_output"
     elif recipe.wrapped:
@@ -64,11 +115,8 @@ def card(
         pooled = f".last_hidden_state[:, {first}:].mean(1)  # of one sample, without padding"
     stem = " with a small stem" if recipe.wrapped and recipe.model.stem == "small" else ""  # type: ignore[attr-defined]
     shape = f"{recipe.model.backbone}{stem} ({architecture})" if recipe.wrapped else architecture  # type: ignore[attr-defined]
-    loader, given = LOADERS[modality(recipe.data.modality).features.input_name]  # type: ignore[index]
+    loader, given = LOADERS[_input(recipe)]
     name = recipe.method.name  # type: ignore[attr-defined]
-    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    length = f"{step} updates" if step else "an unknown number of updates"
     together = f" Its transformer learned from {' and '.join(beside)} as well; the recipe below is its part." if beside else ""
     return f"""---
 library_name: transformers
@@ -77,7 +125,7 @@ tags: [self-supervised, {recipe.data.modality}, {name.replace("+", ", ")}]
 
 # {recipe.data.modality} encoder, {name}
 
-The {which} of a {name} run ({METHODS[name].paper}), {length} of {recipe.train.global_batch} samples.
+The {which} of a {name} run ({METHODS[name].paper}), {_length(step)} of {recipe.train.global_batch} samples.
 Architecture: {shape}. Trained without labels by mmssl.{together}
 
 ```python
@@ -86,7 +134,7 @@ model = AutoModel.from_pretrained("PATH"{trust}
 prepare = {loader}.from_pretrained("PATH")
 features = model(**prepare({given}, return_tensors="pt")){pooled}
 ```
-{table}
+{_table(metrics)}
 ## Recipe
 
 ```yaml

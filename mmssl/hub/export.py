@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import secrets
@@ -14,27 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from mmssl.config import Recipe, Settings
+from mmssl.config.joint import TRUNK
 from mmssl.errors import RecipeError
 from mmssl.files import umask
 from mmssl.hub.card import card, joint_card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
 from mmssl.model.backbone import Backbone
-from mmssl.model.configuration import MmsslConfig
-from mmssl.model.encoder import Encoder
+from mmssl.model.configuration import OWN, MmsslConfig
+from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.transformer import DEEPEST, SHARED
+from mmssl.parts import Teacher
 from mmssl.redaction import redact
 from mmssl.registry import Modality, modalities, modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
 STUDENT = re.escape(STEMS["student"])
+CODE = "modeling_mmssl.py"
 
 
 def export_encoder(
@@ -57,34 +62,21 @@ def export_encoder(
         beside: other kinds of data of the run, for the card.
     Raises: RecipeError if the run has no such network.
     """
-    which = which or METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
-    if not any(name.startswith(STEMS[which]) for name in tensors):
-        raise RecipeError(f"which={which}: this run has no {which}.")
-    # A teacher may share parts of the student, which it then does not hold itself.
-    weights = {n.removeprefix(s): t for s in (STEMS["student"], STEMS[which]) for n, t in tensors.items() if n.startswith(s)}
-    config, kind = recipe.config(), modality(recipe.data.modality)
+    which = which or recommended(recipe)
+    weights, config, kind = weights_of(tensors, which), recipe.config(), modality(recipe.data.modality)
     native = _native(config, kind, weights)
     with torch.device("meta"):
         model = _class_of(native[0])(native[0]) if native else _own(config)
     named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
-    try:
-        with quiet():
-            model.save_pretrained(aside, state_dict=named)
-        for file in aside.iterdir():  # safetensors writes 0600, whatever the umask
-            file.chmod(0o666 & ~umask())
+    with appearing(path) as aside:
+        _write(model, named, aside)
         if not native:
-            (aside / "modeling_mmssl.py").write_text(flatten(kind.features.__module__))
+            (aside / CODE).write_text(modelling_code([recipe]))
         try:
             kind.processor(config, views).save_pretrained(aside)
         except ValueError as error:
             raise RecipeError(str(error)) from None
         (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__, beside)))
-        aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
-        replace_folder(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return path
 
 
@@ -97,34 +89,111 @@ def export_encoders(
     metrics: dict[str, float] | None = None,
     step: int | None = None,
 ) -> Path:
-    """As `export_encoder`; of several kinds of data a folder for each, in one that appears whole or not at all."""
+    """As `export_encoder`; of several kinds of data one model of all, and in it a folder for each, whole or not at all."""
     if isinstance(recipe, Recipe):
         return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
+    members = recipe.members
+    of = {name: which or recommended(member) for name, member in members.items()}
+    parts = {name: tensors_of(name, members, tensors, of[name]) for name in members}
+    config, named = _together(members, {name: weights_of(parts[name], of[name]) for name in members})
+    with appearing(path) as aside:
+        with torch.device("meta"):
+            model = _own(config)
+        _write(model, named, aside)
+        (aside / CODE).write_text(modelling_code([*members.values()]))
+        for name, member in members.items():
+            own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
+            beside = [other for other in members if other != name]
+            export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside)
+        trunks = {name: config.trunk(name) for name in members}
+        (aside / "README.md").write_text(redact(joint_card(members, of, trunks, recipe.dump(), metrics or {}, step)))
+    return path
+
+
+def recommended(recipe: Recipe) -> str:
+    """Student or teacher: the one that the method's paper uses."""
+    return METHODS[recipe.method.name].exports  # type: ignore[attr-defined]
+
+
+def weights_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The encoder of the student or teacher, by its own names. Raises: RecipeError if the run has no such network."""
+    if not any(name.startswith(STEMS[which]) for name in tensors):
+        raise RecipeError(f"which={which}: this run has no {which}.")
+    # A teacher may share parts of the student, which it then does not hold itself.
+    own = (STEMS["student"], STEMS[which])
+    return {n.removeprefix(stem): t for stem in own for n, t in tensors.items() if n.startswith(stem)}
+
+
+def _together(members: Mapping[str, Recipe], weights: Mapping[str, dict[str, Tensor]]) -> tuple[MmsslConfig, dict[str, Tensor]]:
+    """Config and weights of one model of all members; what several share is there once.
+
+    Members that export student and teacher, or teachers of unlike momentum, have transformers of their own.
+    """
+    trunk = tuple(f"transformer.{part}." for part in SHARED)
+    blocks = {name: {n: t for n, t in own.items() if n.startswith(trunk)} for name, own in weights.items()}
+    told, named = {}, {}
+    for name, recipe in members.items():
+        config = recipe.config()
+        same = (one for one in told if all(blocks[one].get(n) is t for n, t in blocks[name].items()))
+        home = next(same, name)
+        options = (*OWN, *inspect.signature(feature_class(config.modality)).parameters)
+        told[name] = {key: getattr(config, key) for key in options if key not in TRUNK and hasattr(config, key)}
+        told[name] |= {} if home == name else {"trunk": home}
+        named |= {f"members.{name}.{n}": t for n, t in weights[name].items() if home == name or n not in blocks[name]}
+    common = next(iter(members.values())).config()
+    return MmsslConfig(**{key: getattr(common, key) for key in TRUNK}, members=told), named
+
+
+def modelling_code(recipes: Sequence[Recipe]) -> str:
+    """What builds their model where only torch and transformers are installed. Raises: RecipeError if that cannot be."""
+    try:
+        return flatten(*(modality(recipe.data.modality).features.__module__ for recipe in recipes))
+    except ValueError as error:
+        raise RecipeError(f"data.modality: {error}.") from None
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `path` when all is written, or leaves no trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".tmp-model-", dir=path.parent))
     try:
-        for name, member in recipe.members.items():
-            own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
-            parts, beside = tensors_of(name, [*recipe.members], tensors), [other for other in recipe.members if other != name]
-            export_encoder(member, views[name], parts, aside / name, which, own, step, beside)
-        (aside / "README.md").write_text(redact(joint_card([*recipe.members], recipe.dump(), metrics or {}, step)))
+        yield aside
         aside.chmod(0o777 & ~umask())  # mkdtemp makes it private
         replace_folder(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return path
 
 
-def tensors_of(member: str, names: list[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has."""
+def _write(model: PreTrainedModel, named: dict[str, Tensor], path: Path) -> None:
+    """Config and weights."""
+    with quiet():
+        model.save_pretrained(path, state_dict=named)
+    for file in path.iterdir():  # safetensors writes 0600, whatever the umask
+        file.chmod(0o666 & ~umask())
+
+
+def tensors_of(member: str, members: Mapping[str, Recipe], tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has.
+
+    Args:
+        which: student or teacher, whose shared part is wanted.
+    """
     each = {
         name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
-        for name in names
+        for name in members
     }
     own = each[member]
-    stems = [stem for stem in STEMS.values() if any(n.startswith(stem) for n in own)]
-    trunk = tuple(f"{stem}transformer.{part}." for stem in stems for part in SHARED)
+    if not any(n.startswith(STEMS[which]) for n in own) and not _teaches(members[member]):
+        return own
+    trunk = tuple(f"{STEMS[one]}transformer.{part}." for one in {"student", which} for part in SHARED)
     return {n: t for others in reversed(each.values()) for n, t in others.items() if n.startswith(trunk)} | own
+
+
+def _teaches(recipe: Recipe) -> bool:
+    """Whether there is a teacher, though a checkpoint may hold nothing of its own: it may share all it has."""
+    with torch.device("meta"):
+        return any(isinstance(part, Teacher) for part in recipe.build().children())
 
 
 def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
@@ -207,6 +276,22 @@ def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
     return model if isinstance(model, MmsslModel) else _shared(model)
 
 
+def member_folder(path_or_id: str | Path, member: str) -> Path:
+    """Where a model of several kinds of data has the one of a member, with what prepares its input.
+
+    Raises: RecipeError if it has none.
+    """
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(path_or_id), allow_patterns=f"{member}/*"))
+        except Exception as error:  # the client's transport has errors of its own, which differ between its versions
+            raise RecipeError(f"{path_or_id}: {member} cannot be read: {error}") from None
+    if not (folder / member / "config.json").is_file():
+        raise RecipeError(f"{path_or_id} holds no model of {member} alone; `mmssl export RUN to=FOLDER` writes one.")
+    return folder / member
+
+
 def _check_size(config: Any, path: Path) -> None:
     """Whether a config asks for no more than its folder can hold, found before memory is. Raises: ValueError."""
     told = {**config.to_dict(), **(getattr(config, "backbone", None) or {})}
@@ -248,7 +333,7 @@ def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
         raise RecipeError(f"model.init: {error}") from None
     own = encoder.state_dict()
     if isinstance(model, MmsslModel):
-        saved = model.encoder.state_dict()
+        saved = _of_its_kind(model, encoder.modality, path).state_dict()
     elif isinstance(encoder, Backbone):
         saved = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     else:
@@ -268,3 +353,17 @@ def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
         shape = {name: config[name] for name in named if name in config}
         raise RecipeError(f"model.init: {path} has another shape ({shape}) than the recipe; first difference: {wrong[0]}.")
     encoder.load_state_dict(saved)
+
+
+def _of_its_kind(model: MmsslModel, modality: str, path: str | Path) -> torch.nn.Module:
+    """The encoder of a kind of data; the only one of most models. Raises: RecipeError unless one is meant."""
+    if not model.config.members:
+        return model.encoder
+    fitting = [name for name, own in model.config.members.items() if own["modality"] == modality]
+    if len(fitting) != 1:
+        found = " and ".join(fitting) if fitting else "none"
+        raise RecipeError(
+            f"model.init: {path} holds encoders of {', '.join(model.config.members)}; of {modality} are {found}. Name the "
+            f"folder of one, such as {path}/{[*fitting, *model.config.members][0]}."
+        )
+    return model.encoders[fitting[0]]

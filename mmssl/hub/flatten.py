@@ -17,18 +17,21 @@ CORE = (
 )
 
 
-def flatten(features_module: str) -> str:
-    """Source of the core's model files and the modality's features, imports gathered, our own left out.
+def flatten(*features_modules: str) -> str:
+    """Source of the core's model files and the modalities' features, each once, imports gathered, our own left out.
 
-    Raises: ValueError if one of them imports something that a stranger's machine lacks.
+    Raises: ValueError if one of them imports something that a stranger's machine lacks, or two define the same name.
     """
     imports: set[str] = set()
-    bodies = []
-    for name in (*CORE, features_module, "mmssl.model.modeling"):
+    bodies, homes = [], {}
+    for name in dict.fromkeys((*CORE, *features_modules, "mmssl.model.modeling")):
         source = inspect.getsource(importlib.import_module(name))
         lines = source.splitlines()
         tree = ast.parse(source)
         drop: set[int] = set()
+        for defined in _defined(tree):
+            if homes.setdefault(defined, name) != name:
+                raise ValueError(f"{homes[defined]} and {name} both define {defined}, and model code is one file; rename one")
         for i, node in enumerate(tree.body):
             docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             if docstring or isinstance(node, ast.Import | ast.ImportFrom):
@@ -40,6 +43,14 @@ def flatten(features_module: str) -> str:
     head = '"""Encoder trained with mmssl (Apache-2.0). Made by its export; needs torch and transformers only."""\n\n'
     head += "from __future__ import annotations\n\n" + "\n".join(sorted(imports))
     return head + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names at the top of a module, imports left out."""
+    found = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return found | {leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)}
 
 
 def _ours(node: ast.Import | ast.ImportFrom, where: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from fnmatch import fnmatch
@@ -43,17 +44,11 @@ def plan(model: Path, repo: str) -> Plan:
 
     Raises: RecipeError if the folder holds no model, or something that does not belong to one.
     """
-    inside = sorted(model.iterdir()) if model.is_dir() else []
-    names = [file.name for file in inside]
-    if several := [file.name for file in inside if (file / "config.json").is_file()]:
-        raise RecipeError(f"{model} holds a model for each of {', '.join(several)}; push one, such as {model / several[0]}.")
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
-    if odd := [file.name for file in inside if file.is_symlink() or not file.is_file()]:
-        raise RecipeError(f"{model}: {', '.join(odd)} is no plain file, and nothing is sent; push a folder of plain files.")
-    files: dict[str, bytes | Path] = {file.name: file for file in inside}
-    if "README.md" in files:
-        files["README.md"] = (model / "README.md").read_text("utf-8").replace('"PATH"', f'"{repo}"').encode()
+    found = _contents(model)
+    files: dict[str, bytes | Path] = {file.relative_to(model).as_posix(): file for file in found}
+    for card in (file for file in found if file.name == "README.md"):
+        there = f'"{repo}"' if card.parent == model else f'"{repo}", subfolder="{card.parent.name}"'
+        files[card.relative_to(model).as_posix()] = card.read_text("utf-8").replace('"PATH"', there).encode()
     digest = hashlib.sha256()
     for name, data in files.items():
         if isinstance(data, bytes):
@@ -65,10 +60,40 @@ def plan(model: Path, repo: str) -> Plan:
     return Plan(files, f"Encoder by mmssl, {digest.hexdigest()[:16]}")
 
 
+def _contents(model: Path) -> list[Path]:
+    """The files of a model folder, and of those for each kind of data in it. Raises: RecipeError if it is none."""
+    inside = sorted(model.iterdir()) if model.is_dir() else []
+    names = [file.name for file in inside]
+    several = [file.name for file in inside if (file / "config.json").is_file()]
+    if several and "config.json" not in names:
+        raise RecipeError(
+            f"{model} holds a model for each of {', '.join(several)} and none of all; push one, such as {model / several[0]}, "
+            "or write one of all with `mmssl export RUN to=FOLDER`."
+        )
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise RecipeError(f"{model} holds no model (config.json and *.safetensors); `mmssl export RUN to=FOLDER` writes one.")
+    members = [file for file in inside if file.name in _members(model) and file.is_dir() and not file.is_symlink()]
+    found = [f for f in inside if f not in members] + [file for folder in members for file in sorted(folder.iterdir())]
+    if odd := [str(file.relative_to(model)) for file in found if file.is_symlink() or not file.is_file()]:
+        raise RecipeError(f"{model}: {', '.join(odd)} is no plain file, and nothing is sent; push a folder of plain files.")
+    return found
+
+
+def _members(model: Path) -> list[str]:
+    """Names of the kinds of data that a model takes, if there are several: each has a folder in its own."""
+    try:
+        told = json.loads((model / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # what loads it will say so
+        return []
+    members = told.get("members") if isinstance(told, dict) else None
+    return [*members] if isinstance(members, dict) else []
+
+
 def push(model: Path, repo: str, private: bool = True, endpoint: str | None = None) -> str:
     """Send a model folder, unless the newest commit there is of the same content.
 
-    Files of an earlier export that this one does not have are removed in the same commit; what else is there stays.
+    Files of an earlier export that this one does not have are removed in the same commit, from the folders that it has; what
+    else is there stays.
 
     Args:
         repo: ORG/NAME; made if it does not exist.
@@ -109,8 +134,10 @@ def _send(api: HfApi, content: Plan, repo: str, private: bool) -> None:
     commits = api.list_repo_commits(repo)
     if commits and commits[0].title == content.title:
         return
-    old = [file.rfilename for file in there.siblings or ()]
-    stale = [n for n in old if n not in content.files and any(fnmatch(n, pattern) for pattern in EXPORTED)]
+    old = [Path(file.rfilename) for file in there.siblings or ()]
+    folders = {Path(name).parent for name in content.files}
+    mine = [n.as_posix() for n in old if n.parent in folders and any(fnmatch(n.name, pattern) for pattern in EXPORTED)]
+    stale = [name for name in mine if name not in content.files]
     api.create_commit(
         repo,
         [*(CommitOperationAdd(n, data) for n, data in content.files.items()), *(CommitOperationDelete(n) for n in stale)],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -13,11 +13,15 @@ from mmssl.model.backbone import Backbone, build_encoder
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
 from mmssl.model.positions import attention_bias
+from mmssl.model.transformer import SHARED
 from mmssl.types import Encoded
 
 
 class MmsslModel(PreTrainedModel):
-    """What a run exports: loads with `AutoModel`, gives `last_hidden_state` and `pooler_output`."""
+    """What a run exports: loads with `AutoModel`, gives `last_hidden_state` and `pooler_output`.
+
+    Of several kinds of data, `members` holds an encoder of each, which share blocks and last norm as `config.trunk` says.
+    """
 
     config_class = MmsslConfig
     config: MmsslConfig
@@ -26,11 +30,23 @@ class MmsslModel(PreTrainedModel):
 
     def __init__(self, config: MmsslConfig):
         super().__init__(config)
-        self.encoder = build_encoder(config)
-        self.main_input_name = self.encoder.input_name
+        if config.members:
+            self.members = _joined(config)
+            trunk = rf"transformer\.({'|'.join(SHARED)})\."
+            shared = {name: config.trunk(name) for name in config.members if config.trunk(name) != name}
+            # What is saved once, under the name of its first member.
+            self._tied_weights_keys = {rf"members\.{n}\.{trunk}": rf"members\.{first}\.{trunk}" for n, first in shared.items()}
+        else:
+            self.encoder = build_encoder(config)
+        self.main_input_name = next(iter(self.encoders.values())).input_name
         self.post_init()
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """By the name of their member; the only one of most models has none."""
+        return dict(self.members.items()) if self.config.members else {"": self.encoder}
+
+    def _init_weights(self, module: nn.Module) -> None:
         """Weights are drawn where modules are built; nothing to add."""
 
     def forward(
@@ -41,6 +57,7 @@ class MmsslModel(PreTrainedModel):
         input_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pad: Tensor | None = None,
+        member: str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
@@ -52,20 +69,38 @@ class MmsslModel(PreTrainedModel):
                 modality takes.
             attention_mask: 1 = valid, 0 = padding, of samples, ids or frames.
             pad: (B, L) bool, True = padding, of tokens or frames; instead of attention_mask.
+            member: whose input it is, where a model of several kinds of data has more than one that takes it.
         Returns: last_hidden_state (B, E + L, D) with extra tokens first, or the map (B, D, H, W) of a backbone that makes
             one; pooler_output (B, D).
-        Raises: ValueError if the input of this model's modality is missing.
+        Raises: ValueError if the input of this model's modality is missing, or if it could be that of several members.
         """
         given = {"pixel_values": pixel_values, "input_values": input_values, "input_ids": input_ids}
-        x = (given | {"input_features": input_features})[self.main_input_name]
-        if x is None:
-            raise ValueError(f"This model takes {self.main_input_name}.")
+        encoder, x = self._choose(given | {"input_features": input_features}, member)
         layers = bool(output_hidden_states)
-        if isinstance(self.encoder, Backbone):
-            out = BaseModelOutputWithPooling(*self.encoder.outputs(x, layers))
+        if isinstance(encoder, Backbone):
+            out = BaseModelOutputWithPooling(*encoder.outputs(x, layers))
         else:
-            out = self._transform(self.encoder, x, attention_mask, pad, layers)
+            out = self._transform(encoder, x, attention_mask, pad, layers)
         return out if return_dict or return_dict is None else out.to_tuple()
+
+    def _choose(self, given: dict[str, Tensor | None], member: str | None) -> tuple[Any, Tensor]:
+        """The encoder that takes what was given, and its input."""
+        encoders = {name: one for name, one in self.encoders.items() if member in (None, name)}
+        if not encoders:
+            raise ValueError(f"member={member!r}: this model has {_listed(self.encoders) if self.config.members else 'none'}.")
+        fitting = {name: one.input_name for name, one in encoders.items() if given[one.input_name] is not None}
+        if not fitting:
+            raise ValueError(f"This model takes {_listed(dict.fromkeys(one.input_name for one in encoders.values()), 'or')}.")
+        if len({*fitting.values()}) > 1:
+            raise ValueError(
+                f"{_listed(dict.fromkeys(fitting.values()))} are inputs of {_listed(fitting)}; give those of one in each call."
+            )
+        if len(fitting) > 1:
+            raise ValueError(f"{_listed(fitting)} take {min(fitting.values())}; say whose it is with member=NAME.")
+        ((name, kind),) = fitting.items()
+        x = given[kind]
+        assert x is not None
+        return encoders[name], x
 
     def _transform(
         self, encoder: Encoder, x: Tensor, attention_mask: Tensor | None, pad: Tensor | None, layers: bool
@@ -81,3 +116,17 @@ class MmsslModel(PreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=pooled, hidden_states=hidden if layers else None
         )
+
+
+def _joined(config: MmsslConfig) -> nn.ModuleDict:
+    """The encoders of all members, on the trunks that they share."""
+    found = {name: Encoder.from_config(config.member(name)) for name in config.members or ()}
+    for name, encoder in found.items():
+        encoder.transformer.share(found[config.trunk(name)].transformer)
+    return nn.ModuleDict(found)
+
+
+def _listed(names: Iterable[str], last: str = "and") -> str:
+    """In words."""
+    *others, final = names
+    return f"{', '.join(others)} {last} {final}" if others else final

@@ -16,6 +16,7 @@ from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, storage_error
+from mmssl.hub.export import modelling_code
 from mmssl.parts import Teacher
 from mmssl.training import checkpoint
 from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
@@ -130,6 +131,7 @@ class Run:
         self.quarantine: Quarantine
         self.crossing: Crossing | None = None
         if isinstance(recipe, JointRecipe):
+            modelling_code([*recipe.members.values()])  # what cannot be exported is told now
             methods, given = recipe.build(), recipe.modalities
             balanced = recipe.balance == "magnitude"
             learned = {

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from torch.testing import assert_close
 
-from mmssl import load_encoder
+from mmssl import embed, load_encoder
 from mmssl.cli import main
 from mmssl.config import JointRecipe, Recipe, check_recipe, load_recipe
 from mmssl.config.reading import apply_override
@@ -398,19 +398,40 @@ def test_there_is_a_model_for_each_kind_of_data(folder, whole, tmp_path):
     assert all(".transformer." in name for name in missing)  # under another name
     inputs = {"vision": torch.randn(2, 3, 16, 16), "speech": torch.randn(2, 6400)}
     for place in (whole / "model", export(whole, tmp_path / "exported")):
-        assert {path.name for path in place.iterdir()} == {"vision", "speech", "README.md"}
+        files = {"config.json", "model.safetensors", "modeling_mmssl.py", "README.md"}
+        assert {path.name for path in place.iterdir()} == {"vision", "speech", *files}
+        together = load_encoder(place)
         for name, x in inputs.items():
             encoder = methods[name].student.encoder.eval()
             with torch.no_grad():
                 mine = load_encoder(place / name)(**{encoder.input_name: x}).pooler_output
                 expected = encoder.pool(encoder(type("V", (), {"x": x, "pad": None})()))
+                shared = together(**{encoder.input_name: x}).pooler_output
             assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+            assert_close(shared, expected, rtol=1e-5, atol=1e-5)
     card = (whole / "README.md").read_text()
     assert "# Encoders of vision, speech with one transformer" in card
     assert "probe/speech.test/knn" in card
     assert "learned from speech as well" in (whole / "model/vision/README.md").read_text()
     assert "loss/" not in (whole / "model/vision/README.md").read_text()
     assert "| `probe/test/knn` |" in (whole / "model/vision/README.md").read_text()
+
+
+def test_the_model_of_a_run_starts_another(folder, whole, tmp_path):
+    run = prepare(recipe(folder, tmp_path / "run", f"model.init={whole / 'model'}", "train.seed=3"))
+    model = load_encoder(whole / "model")
+    for name, method in run.objective.method.members.items():
+        assert_close(dict(method.student.encoder.state_dict()), dict(model.members[name].state_dict()), rtol=0, atol=0)
+
+
+def test_what_measures_a_model_is_told_whose_encoder_is_meant(folder, whole):
+    model, data = whole / "model", str(folder / "pictures")
+    with pytest.raises(RecipeError, match=r"member: .*model takes (speech and vision|vision and speech); say which with"):
+        embed(model, data)
+    with pytest.raises(RecipeError, match=r"member: .*vision is a model of one kind of data; leave it out"):
+        embed(model / "vision", data, member="vision")
+    found, alone = embed(model, data, member="vision", samples=20), embed(model / "vision", data, samples=20)
+    assert_close(found["embedding"], alone["embedding"])
 
 
 def test_probes_and_verdicts_are_told_by_kind_of_data(whole):
