@@ -93,8 +93,8 @@ def longer() -> dict[str, Result]:
 def spoken(data: Path, table: Path) -> None:
     """Recordings of digits beside their words, without one speaker, whose recordings are all in the split `test`."""
     parts = [pyarrow.parquet.read_table(file) for file in sorted(data.glob("*.parquet"))]
-    whole = datasets.Dataset(pyarrow.concat_tables(parts).replace_schema_metadata())
-    digits = whole.with_format("arrow")["label"][:].to_pylist()
+    table_of_all = pyarrow.concat_tables(parts).replace_schema_metadata()
+    whole, digits = datasets.Dataset(table_of_all), table_of_all.column("label").to_pylist()
     whole = whole.remove_columns("label").add_column("text", [DIGITS[digit] for digit in digits])  # type: ignore[call-arg]
     whole = whole.add_column("label", digits).cast_column("label", datasets.ClassLabel(names=[*DIGITS]))  # type: ignore[call-arg]
     table.mkdir(parents=True, exist_ok=True)

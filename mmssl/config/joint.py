@@ -105,7 +105,7 @@ class JointRecipe(Settings):
                 member.watch = found[name].watch.model_dump(mode="json", include={*PROBED})
             problems = recipe.conflicts()
             if recipe.bound and recipe.bind is None:
-                recipe.bind = BindOptions()
+                recipe.bind = BindOptions.model_validate({})
         if recipe is None or problems:
             raise refused(where, problems)
         return recipe

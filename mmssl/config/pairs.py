@@ -75,7 +75,7 @@ def conflicts(bind: BindOptions | None, bound: Mapping[str, Recipe], shares: Map
         if recipe.data.budget is not None:
             found.append(f"modalities.{name}.data.budget: pairs stay side by side, whatever their lengths; leave it out")
     try:
-        (bind or BindOptions()).build()
+        (bind or BindOptions.model_validate({})).build()
     except ValueError as error:
         found.append(f"bind.{error}")
     return found

@@ -192,11 +192,15 @@ def test_a_frozen_encoder_has_no_dropout(folder, tmp_path):
 
 
 def test_models_of_transformers_are_bound_as_they_are(folder, tmp_path):
-    shape = "modalities.text.model={max_tokens: 16, hidden_size: 32, depth: 2, heads: 2}"
-    words = ("model={}", shape, "modalities.vision.model={backbone: resnet18, image_size: 32, stem: small}")
+    shape = "hidden_size: 32, depth: 2, heads: 2, norm_eps: 1.0e-6"
+    (tmp_path / "bind.yaml").write_text((folder / "bind.yaml").read_text().replace(f"model: {{{shape}}}\n", ""))
+    words = (
+        f"modalities.text.model={{max_tokens: 16, {shape}}}",
+        "modalities.vision.model={backbone: resnet18, image_size: 32, stem: small}",
+    )
     with pytest.raises(RecipeError, match=r"vision\.model\.backbone: a model of transformers has no trunk .*share_trunk=false"):
-        recipe(folder, tmp_path, *words)
-    method = recipe(folder, tmp_path, *words, "share_trunk=false").build()["vision"]
+        recipe(tmp_path, tmp_path, *words)
+    method = recipe(tmp_path, tmp_path, *words, "share_trunk=false").build()["vision"]
     view = View(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "vision")
     out = method(Batch([view], torch.arange(2)), Clock())
     assert out.losses == {}

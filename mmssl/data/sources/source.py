@@ -13,9 +13,9 @@ import datasets.config
 import fsspec
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from pyarrow import compute
 from torch import Tensor
 
 from mmssl.config import DataOptions
@@ -70,6 +70,7 @@ class Source(NamedTuple):
 
     def absent(self) -> Tensor:
         """(n,) bool: rows without content, found without reading any. Raises: TypeError for a stream."""
+        compute: Any = pyarrow.compute
         column = self.rows.data.column(self.column)
         struct = pyarrow.types.is_struct(column.type)
         names = [field.name for field in column.type if field.name in ("bytes", "path")] if struct else []
