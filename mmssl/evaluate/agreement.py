@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ def clustering(features: Tensor, labels: Tensor, seed: int = 0) -> dict[str, flo
     if len(classes := set(truth.tolist())) < 2:
         return {}
     rows = (rows - rows.mean(0)) / rows.std(0).clamp(min=1e-6)
-    found = KMeans(len(classes), n_init=4, random_state=seed).fit_predict(rows.double().numpy())
+    make: Any = KMeans  # whose types know one of the values of n_init
+    found = make(len(classes), n_init=4, random_state=seed).fit_predict(rows.double().numpy())
     return {
         "nmi": float(normalized_mutual_info_score(truth, found)),
         "ari": float(adjusted_rand_score(truth, found)),

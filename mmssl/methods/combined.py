@@ -18,6 +18,8 @@ from mmssl.model.encoder import Encoder
 from mmssl.parts import Teacher, shared_passes
 from mmssl.types import Batch, Clock, Rebuilt, StepOutput, View
 
+FLAGS = ("masks", "drops", "crops", "slots", "chooses", "pairs")  # of which one member is enough
+
 
 class Combined(Several):
     """A weighted sum of methods with one student. Terms and metrics of a member are called MEMBER.NAME.
@@ -64,15 +66,21 @@ class Combined(Several):
         """All members, which share the passes of the student, and those of the teacher if they share it."""
         losses: dict[str, Tensor] = {}
         health: dict[str, Tensor] = {}
-        embedding = None
+        embedding = bound = None
         with shared_passes(self.student.encoder, *self._common()):
             for name, method in self.methods():
                 found = method(self._given(batch, method), clock)
                 losses |= {f"{name}.{term}": self.weights[name] * value for term, value in found.losses.items()}
                 health |= {f"{name}.{metric}": value for metric, value in found.health.items()}
-                health[f"{name}.loss"] = torch.stack([term.detach().float() for term in found.losses.values()]).sum()
+                if found.losses:  # what binds pairs has its loss elsewhere
+                    health[f"{name}.loss"] = torch.stack([term.detach().float() for term in found.losses.values()]).sum()
                 embedding = found.embedding if embedding is None else embedding
-        return StepOutput(losses, health, embedding)
+                bound = found.bound if bound is None else bound
+        return StepOutput(losses, health, embedding, bound)
+
+    def bound(self, embedding: Tensor) -> Tensor:
+        """By the member that has pairs."""
+        return next(method.bound(embedding) for _, method in self.methods() if method.pairs)
 
     def _common(self) -> list[Encoder]:
         """Teachers' encoders that are those of several members."""
@@ -173,7 +181,7 @@ def combination(members: tuple[tuple[str, type[Method]], ...]) -> type[Combined]
             "coverage": tuple(dict.fromkeys(row for kind in kinds for row in kind.coverage)),
             "views": max(kind.views for kind in kinds),
             "exports": first.exports,
-            **{name: any(getattr(kind, name) for kind in kinds) for name in ("masks", "drops", "crops", "slots", "chooses")},
+            **{flag: any(getattr(kind, flag) for kind in kinds) for flag in FLAGS},
         },
     )
 

@@ -80,7 +80,9 @@ def _check_batches(saved: Mapping[str, str], now: Mapping[str, str]) -> set[str]
     keys, before, after = ("train.global_batch", "train.micro_batch"), _parts(saved), _parts(now)
     for key in keys:
         then, here = json.loads(saved[key]), json.loads(now[key])
-        for member, part in before.items() if then is not None else ():
+        if then is None:
+            continue
+        for member, part in before.items():
             due = then * part / after[member]
             if here != due:
                 raise RecipeError(

@@ -107,6 +107,25 @@ def changed(folder: Path, to: Path, **columns) -> Path:
 # What is learned -----------------------------------------------------------------------------------------------------
 
 
+def test_binding_beside_an_objective_of_its_own(folder, tmp_path):
+    """Images also rebuild what is hidden; what binds them is the same projection, whatever is hidden."""
+    method = "{name: bind+mae, bind: {dim: 16}, mae: {weight: 0.5, decoder: {dim: 16, depth: 1, heads: 2}}}"
+    words = (f"modalities.vision.method={method}", "modalities.vision.views.mask={kind: random, ratio: 0.5}")
+    run = prepare(recipe(folder, tmp_path / "run", *words))
+    joint, batch = run.objective, next(iter(run._loader(0)))
+    assert isinstance(joint, JointObjective)
+    joint.train()
+    out = joint(batch, joint.keys(batch, 0, 0, 0), Clock(0, 6, 0))
+    assert {"loss/vision.mae.rebuilt", "loss/bind.vision-text"} <= {*out}
+    z = {name: joint({n: t for n, t in batch.items() if n.startswith(name)})["bound"] for name in ("vision", "text")}
+    content = {name: batch[f"{name}.content"] for name in z}
+    index = {name: batch[f"{name}.index"] for name in z}
+    assert_close(out["loss/bind.vision-text"], joint.binding(z, index, content)["loss/vision-text"].detach())
+    assert_close(out["loss"], out["loss/vision.mae.rebuilt"] + out["loss/bind.vision-text"])
+    run.train()
+    assert len(lines(tmp_path / "run")) == 6
+
+
 def test_members_draw_the_same_rows_and_the_loss_is_that_of_their_projections(folder, tmp_path):
     run = prepare(recipe(folder, tmp_path / "run"))
     joint, batches = run.objective, [batch for _, batch in zip(range(5), run._loader(0), strict=False)]
