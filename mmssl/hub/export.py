@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from mmssl.config import Recipe, Settings
+from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.config.joint import TRUNK
 from mmssl.errors import RecipeError
 from mmssl.files import umask
 from mmssl.hub.card import card, joint_card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
+from mmssl.methods.joint import Joint
 from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
@@ -92,9 +93,10 @@ def export_encoders(
     """As `export_encoder`; of several kinds of data one model of all, and in it a folder for each, whole or not at all."""
     if isinstance(recipe, Recipe):
         return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
+    assert isinstance(recipe, JointRecipe)
     members = recipe.members
     of = {name: which or recommended(member) for name, member in members.items()}
-    parts = {name: tensors_of(name, members, tensors, of[name]) for name in members}
+    parts = tensors_of(recipe, tensors, of)
     config, named = _together(members, {name: weights_of(parts[name], of[name]) for name in members})
     with appearing(path) as aside:
         with torch.device("meta"):
@@ -173,27 +175,39 @@ def _write(model: PreTrainedModel, named: dict[str, Tensor], path: Path) -> None
         file.chmod(0o666 & ~umask())
 
 
-def tensors_of(member: str, members: Mapping[str, Recipe], tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
-    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has.
+def tensors_of(recipe: JointRecipe, tensors: dict[str, Tensor], of: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The part of a checkpoint that belongs to each member, with what it shares, as a run of it alone has.
 
     Args:
-        which: student or teacher, whose shared part is wanted.
+        of: member -> student or teacher, whose shared part is wanted.
     """
     each = {
         name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
-        for name in members
+        for name in recipe.members
     }
-    own = each[member]
-    if not any(n.startswith(STEMS[which]) for n in own) and not _teaches(members[member]):
-        return own
-    trunk = tuple(f"{STEMS[one]}transformer.{part}." for one in {"student", which} for part in SHARED)
-    return {n: t for others in reversed(each.values()) for n, t in others.items() if n.startswith(trunk)} | own
+    trunk = tuple(f"{STEMS['student']}transformer.{part}." for part in SHARED)
+    shared = {n: t for own in reversed(each.values()) for n, t in own.items() if n.startswith(trunk)}
+    averages = _averages(recipe) if "teacher" in of.values() else {}
+    return {
+        name: shared | own | {n: tensors[place] for n, place in averages.get(name, {}).items() if place in tensors}
+        for name, own in each.items()
+    }
 
 
-def _teaches(recipe: Recipe) -> bool:
-    """Whether there is a teacher, though a checkpoint may hold nothing of its own: it may share all it has."""
+def _averages(recipe: JointRecipe) -> dict[str, dict[str, str]]:
+    """Member -> weights of its teacher's encoder -> where a checkpoint holds them: another teacher may average them for it."""
     with torch.device("meta"):
-        return any(isinstance(part, Teacher) for part in recipe.build().children())
+        joint = Joint(recipe.build())
+    held = {}
+    for place, part in joint.named_modules():
+        if isinstance(part, Teacher):
+            own, stem = part.state_dict(), re.sub(r"^(members\.\w+)", r"\1.method", place)
+            held |= {id(p): f"{stem}.network.{n}" for n, p in part.network.named_parameters() if f"network.{n}" in own}
+    return {
+        name: {f"{STEMS['teacher']}{n}": held[id(p)] for n, p in method.teacher.encoder.named_parameters() if id(p) in held}
+        for name, method in joint.methods()
+        if isinstance(getattr(method, "teacher", None), Teacher)
+    }
 
 
 def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
