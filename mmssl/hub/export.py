@@ -30,7 +30,7 @@ from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
 from mmssl.methods.joint import Joint
 from mmssl.model.backbone import Backbone
-from mmssl.model.configuration import OWN, MmsslConfig
+from mmssl.model.configuration import BACKBONE, OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.transformer import DEEPEST, SHARED
@@ -105,7 +105,7 @@ def export_encoders(
         (aside / CODE).write_text(modelling_code([*members.values()]))
         for name, member in members.items():
             own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
-            beside = [other for other in members if other != name]
+            beside = [other for other in members if other != name and recipe.share_trunk]
             export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside)
         trunks = {name: config.trunk(name) for name in members}
         (aside / "README.md").write_text(redact(joint_card(members, of, trunks, recipe.dump(), metrics or {}, step)))
@@ -129,21 +129,28 @@ def weights_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
 def _together(members: Mapping[str, Recipe], weights: Mapping[str, dict[str, Tensor]]) -> tuple[MmsslConfig, dict[str, Tensor]]:
     """Config and weights of one model of all members; what several share is there once.
 
-    Members that export student and teacher, or teachers of unlike momentum, have transformers of their own.
+    Members that export student and teacher, or teachers of unlike momentum, have transformers of their own, as those of
+    `share_trunk: false` have.
     """
     trunk = tuple(f"transformer.{part}." for part in SHARED)
     blocks = {name: {n: t for n, t in own.items() if n.startswith(trunk)} for name, own in weights.items()}
-    told, named = {}, {}
-    for name, recipe in members.items():
-        config = recipe.config()
-        same = (one for one in told if all(blocks[one].get(n) is t for n, t in blocks[name].items()))
+    configs = {name: recipe.config() for name, recipe in members.items()}
+    common, told, named = next(iter(configs.values())), {}, {}
+    for name, config in configs.items():
+        same = (one for one in told if blocks[name] and all(blocks[one].get(n) is t for n, t in blocks[name].items()))
         home = next(same, name)
-        options = (*OWN, *inspect.signature(feature_class(config.modality)).parameters)
-        told[name] = {key: getattr(config, key) for key in options if key not in TRUNK and hasattr(config, key)}
+        told[name] = {key: getattr(config, key) for key in _own_options(config, common)}
         told[name] |= {} if home == name else {"trunk": home}
         named |= {f"members.{name}.{n}": t for n, t in weights[name].items() if home == name or n not in blocks[name]}
-    common = next(iter(members.values())).config()
     return MmsslConfig(**{key: getattr(common, key) for key in TRUNK}, members=told), named
+
+
+def _own_options(config: MmsslConfig, common: MmsslConfig) -> list[str]:
+    """Those that a member has for itself: of its modality, and of the transformer where it differs."""
+    kind = inspect.signature(feature_class(config.modality)).parameters
+    names = [key for key in (*OWN, *kind) if hasattr(config, key) and key not in TRUNK]
+    names += [key for key in TRUNK if getattr(config, key) != getattr(common, key)]
+    return [*names, *BACKBONE] if config.backbone else names
 
 
 def modelling_code(recipes: Sequence[Recipe]) -> str:
@@ -185,7 +192,7 @@ def tensors_of(recipe: JointRecipe, tensors: dict[str, Tensor], of: Mapping[str,
         name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
         for name in recipe.members
     }
-    trunk = tuple(f"{STEMS['student']}transformer.{part}." for part in SHARED)
+    trunk = tuple(f"{STEMS['student']}transformer.{part}." for part in SHARED if recipe.share_trunk)
     shared = {n: t for own in reversed(each.values()) for n, t in own.items() if n.startswith(trunk)}
     averages = _averages(recipe) if "teacher" in of.values() else {}
     return {
