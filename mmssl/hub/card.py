@@ -40,7 +40,7 @@ library_name: transformers
 tags: [self-supervised, multimodal]
 ---
 
-# Encoders of {", ".join(members)} with one transformer
+# Encoders of {", ".join(members)}{"" if apart else " with one transformer"}
 
 Trained together without labels by mmssl, {_length(step)}. One model takes the input of each, of one in a call.{apart}
 

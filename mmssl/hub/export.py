@@ -21,15 +21,16 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from mmssl.config import Recipe, Settings
+from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.config.joint import TRUNK
 from mmssl.errors import RecipeError
 from mmssl.files import umask
 from mmssl.hub.card import card, joint_card
 from mmssl.hub.flatten import flatten
 from mmssl.methods import METHODS
+from mmssl.methods.joint import Joint
 from mmssl.model.backbone import Backbone
-from mmssl.model.configuration import OWN, MmsslConfig
+from mmssl.model.configuration import BACKBONE, OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.transformer import DEEPEST, SHARED
@@ -92,9 +93,10 @@ def export_encoders(
     """As `export_encoder`; of several kinds of data one model of all, and in it a folder for each, whole or not at all."""
     if isinstance(recipe, Recipe):
         return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
+    assert isinstance(recipe, JointRecipe)
     members = recipe.members
     of = {name: which or recommended(member) for name, member in members.items()}
-    parts = {name: tensors_of(name, members, tensors, of[name]) for name in members}
+    parts = tensors_of(recipe, tensors, of)
     config, named = _together(members, {name: weights_of(parts[name], of[name]) for name in members})
     with appearing(path) as aside:
         with torch.device("meta"):
@@ -103,7 +105,7 @@ def export_encoders(
         (aside / CODE).write_text(modelling_code([*members.values()]))
         for name, member in members.items():
             own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
-            beside = [other for other in members if other != name]
+            beside = [other for other in members if other != name and recipe.share_trunk]
             export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside)
         trunks = {name: config.trunk(name) for name in members}
         (aside / "README.md").write_text(redact(joint_card(members, of, trunks, recipe.dump(), metrics or {}, step)))
@@ -127,21 +129,28 @@ def weights_of(tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
 def _together(members: Mapping[str, Recipe], weights: Mapping[str, dict[str, Tensor]]) -> tuple[MmsslConfig, dict[str, Tensor]]:
     """Config and weights of one model of all members; what several share is there once.
 
-    Members that export student and teacher, or teachers of unlike momentum, have transformers of their own.
+    Members that export student and teacher, or teachers of unlike momentum, have transformers of their own, as those of
+    `share_trunk: false` have.
     """
     trunk = tuple(f"transformer.{part}." for part in SHARED)
     blocks = {name: {n: t for n, t in own.items() if n.startswith(trunk)} for name, own in weights.items()}
-    told, named = {}, {}
-    for name, recipe in members.items():
-        config = recipe.config()
-        same = (one for one in told if all(blocks[one].get(n) is t for n, t in blocks[name].items()))
+    configs = {name: recipe.config() for name, recipe in members.items()}
+    common, told, named = next(iter(configs.values())), {}, {}
+    for name, config in configs.items():
+        same = (one for one in told if blocks[name] and all(blocks[one].get(n) is t for n, t in blocks[name].items()))
         home = next(same, name)
-        options = (*OWN, *inspect.signature(feature_class(config.modality)).parameters)
-        told[name] = {key: getattr(config, key) for key in options if key not in TRUNK and hasattr(config, key)}
+        told[name] = {key: getattr(config, key) for key in _own_options(config, common)}
         told[name] |= {} if home == name else {"trunk": home}
         named |= {f"members.{name}.{n}": t for n, t in weights[name].items() if home == name or n not in blocks[name]}
-    common = next(iter(members.values())).config()
     return MmsslConfig(**{key: getattr(common, key) for key in TRUNK}, members=told), named
+
+
+def _own_options(config: MmsslConfig, common: MmsslConfig) -> list[str]:
+    """Those that a member has for itself: of its modality, and of the transformer where it differs."""
+    kind = inspect.signature(feature_class(config.modality)).parameters
+    names = [key for key in (*OWN, *kind) if hasattr(config, key) and key not in TRUNK]
+    names += [key for key in TRUNK if getattr(config, key) != getattr(common, key)]
+    return [*names, *BACKBONE] if config.backbone else names
 
 
 def modelling_code(recipes: Sequence[Recipe]) -> str:
@@ -173,27 +182,39 @@ def _write(model: PreTrainedModel, named: dict[str, Tensor], path: Path) -> None
         file.chmod(0o666 & ~umask())
 
 
-def tensors_of(member: str, members: Mapping[str, Recipe], tensors: dict[str, Tensor], which: str) -> dict[str, Tensor]:
-    """The part of a checkpoint of several kinds of data that belongs to one, with what it shares, as a run of it alone has.
+def tensors_of(recipe: JointRecipe, tensors: dict[str, Tensor], of: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """The part of a checkpoint that belongs to each member, with what it shares, as a run of it alone has.
 
     Args:
-        which: student or teacher, whose shared part is wanted.
+        of: member -> student or teacher, whose shared part is wanted.
     """
     each = {
         name: {n.removeprefix(f"members.{name}."): t for n, t in tensors.items() if n.startswith(f"members.{name}.")}
-        for name in members
+        for name in recipe.members
     }
-    own = each[member]
-    if not any(n.startswith(STEMS[which]) for n in own) and not _teaches(members[member]):
-        return own
-    trunk = tuple(f"{STEMS[one]}transformer.{part}." for one in {"student", which} for part in SHARED)
-    return {n: t for others in reversed(each.values()) for n, t in others.items() if n.startswith(trunk)} | own
+    trunk = tuple(f"{STEMS['student']}transformer.{part}." for part in SHARED if recipe.share_trunk)
+    shared = {n: t for own in reversed(each.values()) for n, t in own.items() if n.startswith(trunk)}
+    averages = _averages(recipe) if "teacher" in of.values() else {}
+    return {
+        name: shared | own | {n: tensors[place] for n, place in averages.get(name, {}).items() if place in tensors}
+        for name, own in each.items()
+    }
 
 
-def _teaches(recipe: Recipe) -> bool:
-    """Whether there is a teacher, though a checkpoint may hold nothing of its own: it may share all it has."""
+def _averages(recipe: JointRecipe) -> dict[str, dict[str, str]]:
+    """Member -> weights of its teacher's encoder -> where a checkpoint holds them: another teacher may average them for it."""
     with torch.device("meta"):
-        return any(isinstance(part, Teacher) for part in recipe.build().children())
+        joint = Joint(recipe.build())
+    held = {}
+    for place, part in joint.named_modules():
+        if isinstance(part, Teacher):
+            own, stem = part.state_dict(), re.sub(r"^(members\.\w+)", r"\1.method", place)
+            held |= {id(p): f"{stem}.network.{n}" for n, p in part.network.named_parameters() if f"network.{n}" in own}
+    return {
+        name: {f"{STEMS['teacher']}{n}": held[id(p)] for n, p in method.teacher.encoder.named_parameters() if id(p) in held}
+        for name, method in joint.methods()
+        if isinstance(getattr(method, "teacher", None), Teacher)
+    }
 
 
 def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:

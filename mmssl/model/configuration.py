@@ -14,8 +14,8 @@ OWN = ("modality", "extra_tokens", "input_dropout", "extra_std", "start", "pooli
 class MmsslConfig(PretrainedConfig):
     """Feature encoder of one modality and the shared transformer. The modality's own options are kept as given.
 
-    With `members`, a feature encoder of each and one transformer: name -> the options of its modality and those of `OWN`. The
-    others are common. `trunk` among them names the member whose blocks it has instead of its own.
+    With `members`, a feature encoder of each and one transformer: name -> the options of its modality, those of `OWN`, and
+    those that are not common. `trunk` among them names the member whose blocks it has instead of its own.
 
     With a `backbone`, `model_type` and options of a config of transformers, that model is the encoder, `hidden_size` wide,
     and no other option counts but `stem` and `zero_init`.

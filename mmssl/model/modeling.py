@@ -120,9 +120,10 @@ class MmsslModel(PreTrainedModel):
 
 def _joined(config: MmsslConfig) -> nn.ModuleDict:
     """The encoders of all members, on the trunks that they share."""
-    found = {name: Encoder.from_config(config.member(name)) for name in config.members or ()}
+    found: dict[str, Any] = {name: build_encoder(config.member(name)) for name in config.members or ()}
     for name, encoder in found.items():
-        encoder.transformer.share(found[config.trunk(name)].transformer)
+        if config.trunk(name) != name:
+            encoder.transformer.share(found[config.trunk(name)].transformer)
     return nn.ModuleDict(found)
 
 

@@ -247,15 +247,25 @@ def test_members_whose_papers_use_unlike_networks_have_a_transformer_each(made, 
     assert_close(heard(students, "vision"), said(objective.members["vision"].method.student.encoder, "vision"))
 
 
-def test_teachers_that_share_a_transformer_do_so_in_their_model(joint, tmp_path):
-    recipe, objective, _ = joint
+SLOWER = ("{cls_weight: 0}", "{cls_weight: 0, momentum: 0.9}")
+
+
+@pytest.mark.parametrize(("changes", "speaks"), [((), "vision"), ((SLOWER, SLOWER), "speech")])
+def test_teachers_that_share_a_transformer_do_so_in_their_model(made, tmp_path, changes, speaks):
+    """Those of text and speech hold nothing of their own."""
+    recipe, objective = made(*changes)
+    weights = model_state(objective)
+    assert not [name for name in weights if name.startswith("members.text.method.teacher.")]
     model = load_encoder(exported(recipe, objective, tmp_path / "model", "teacher"))
     for name in INPUTS:
         network = objective.members[name].method
         ears = network.student.encoder if name in ("speech", "text") else None
         assert_close(heard(model, name), said(network.teacher.encoder, name, ears), rtol=0, atol=1e-5)
-        assert model.members[name].transformer.blocks is model.members["vision"].transformer.blocks
-    assert not torch.allclose(heard(model, "text")[1], heard(load_encoder(joint[2]), "text")[1], atol=1e-3)
+        assert not torch.allclose(heard(model, name)[1], said(network.student.encoder, name)[1], atol=1e-3)
+    blocks = {name: model.members[name].transformer.blocks for name in INPUTS}
+    assert blocks["photos"] is blocks["vision"]
+    assert blocks["text"] is blocks["speech"] is blocks[speaks]
+    assert (blocks["text"] is blocks["vision"]) == (not changes)
 
 
 # What else reads it ------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from mmssl import load_encoder, losses
 from mmssl.config import JointRecipe, Recipe, load_recipe
 from mmssl.errors import RecipeError
 from mmssl.evaluate.crossing import recall
+from mmssl.hub.export import export_encoders
 from mmssl.training import checkpoint
 from mmssl.training.measure import measure
-from mmssl.training.objective import JointObjective
+from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.pretrain import prepare, pretrain
+from mmssl.training.state import model_state
 from mmssl.types import Batch, Clock, View
 from modalities.text.tokenizer import train as train_tokenizer
 
@@ -200,7 +202,9 @@ def test_sigmoid_and_own_trunks_of_unlike_shape_and_a_frozen_encoder(folder, tmp
     assert lines(run)[0]["health/bind.bias"] == -10
     theirs, mine = (load_encoder(run_ / "model/vision").state_dict() for run_ in (first, run))
     assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
-    assert load_encoder(run / "model/text") is not None
+    text, ids = load_encoder(run / "model/text"), torch.tensor([[2, 5, 3]])
+    assert len(text.encoder.transformer.blocks) == 1
+    assert_close(load_encoder(run / "model")(input_ids=ids).pooler_output, text(input_ids=ids).pooler_output)
 
 
 def test_a_frozen_encoder_has_no_dropout(folder, tmp_path):
@@ -219,13 +223,22 @@ def test_models_of_transformers_are_bound_as_they_are(folder, tmp_path):
     )
     with pytest.raises(RecipeError, match=r"vision\.model\.backbone: a model of transformers has no trunk .*share_trunk=false"):
         recipe(tmp_path, tmp_path, *words)
-    method = recipe(tmp_path, tmp_path, *words, "share_trunk=false").build()["vision"]
+    bound = recipe(tmp_path, tmp_path, *words, "share_trunk=false")
+    methods = bound.build()
+    method = methods["vision"]
     view = View(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "vision")
     out = method(Batch([view], torch.arange(2)), Clock())
     assert out.losses == {}
     assert out.bound is not None
     assert tuple(out.bound.shape) == (2, 16)
     assert out.bound.requires_grad
+    weights = model_state(JointObjective({name: Objective(one) for name, one in methods.items()}))
+    views = {name: one.build_views() for name, one in bound.members.items()}
+    model = load_encoder(export_encoders(bound, views, weights, tmp_path / "model"))
+    with torch.no_grad():
+        wanted = method.student.encoder.eval()(view).cls
+        assert_close(model(pixel_values=view.x).pooler_output, wanted, rtol=0, atol=1e-5)
+        assert model(input_ids=torch.tensor([[2, 5, 3]])).pooler_output.shape == (1, 32)
 
 
 # Rows that are no pairs ----------------------------------------------------------------------------------------------
