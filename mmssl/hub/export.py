@@ -210,10 +210,11 @@ def _averages(recipe: JointRecipe) -> dict[str, dict[str, str]]:
         if isinstance(part, Teacher):
             own, stem = part.state_dict(), re.sub(r"^(members\.\w+)", r"\1.method", place)
             held |= {id(p): f"{stem}.network.{n}" for n, p in part.network.named_parameters() if f"network.{n}" in own}
+    teachers = {name: getattr(method, "teacher", None) for name, method in joint.methods()}
     return {
-        name: {f"{STEMS['teacher']}{n}": held[id(p)] for n, p in method.teacher.encoder.named_parameters() if id(p) in held}
-        for name, method in joint.methods()
-        if isinstance(getattr(method, "teacher", None), Teacher)
+        name: {f"{STEMS['teacher']}{n}": held[id(p)] for n, p in teacher.encoder.named_parameters() if id(p) in held}
+        for name, teacher in teachers.items()
+        if isinstance(teacher, Teacher)
     }
 
 
