@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmssl.data.quarantine import Quarantine
+from mmssl.data.sources.source import Source
 from mmssl.errors import DataError, RecipeError
 from mmssl.registry import modality
 from mmssl.training.check import check
@@ -138,7 +139,7 @@ def test_other_ranks_wait_for_the_main_process(tiny_recipe, measured, monkeypatc
     monkeypatch.setattr("mmssl.training.launch.all_sum", lambda x: events.append("waited") or x + failed)
     kind = modality("vision")._replace(prepare=lambda source, views, quarantine: events.append("prepared") or source)
     args = SimpleNamespace(process_index=1, device="cpu")
-    source = SimpleNamespace(rows=[])
+    source = Source([], "image")
     if failed:
         with pytest.raises(RecipeError, match="main process"):
             survey(tiny_recipe(), args, kind, None, source)
