@@ -45,7 +45,7 @@ class MmsslConfig(PretrainedConfig):
         layer_scale: float = 0.0,
         extra_std: float = 1.0,
         start: Literal["normal", "xavier", "beit"] = "normal",
-        activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = "gelu",
+        activation: Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"] = "gelu",
         causal: bool = False,
         norm_kind: Literal["layer", "rms"] = "layer",
         pooling: Literal["mean", "cls"] = "mean",
@@ -59,7 +59,7 @@ class MmsslConfig(PretrainedConfig):
         self.norm: Literal["post", "pre"] = norm
         self.start: Literal["normal", "xavier", "beit"] = start
         self.pooling: Literal["mean", "cls"] = pooling
-        self.activation: Literal["gelu", "gelu_tanh", "gelu_quick"] = activation
+        self.activation: Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"] = activation
         self.causal = causal
         self.norm_kind: Literal["layer", "rms"] = norm_kind
         self.modality = "" if members else modality

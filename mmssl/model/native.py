@@ -58,9 +58,9 @@ def options(config: MmsslConfig) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(config, name, parameter.default) for name, parameter in parameters.items()})
 
 
-def plain(config: MmsslConfig) -> bool:
+def plain(config: MmsslConfig, activations: tuple[str, ...] = ("gelu",)) -> bool:
     """Whether the blocks are those of most encoders: nothing before them, every token sees all, layer norm, exact GELU."""
-    usual = config.activation == "gelu" and config.norm_kind == "layer"
+    usual = config.activation in activations and config.norm_kind == "layer"
     return usual and not config.prenet_depth and not config.causal
 
 
@@ -101,9 +101,9 @@ def stored(native: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
     with torch.device("meta"):
         model = AutoModel.from_config(native)
-    prefix = f"{model.base_model_prefix}."
+    prefix, known = f"{model.base_model_prefix}.", model.state_dict().keys()
     bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    return revert_weight_conversion(model, bare or weights)
+    return revert_weight_conversion(model, max(weights, bare, key=lambda held: len(held.keys() & known)))
 
 
 def linears(ours: str, theirs: str) -> dict[str, str]:

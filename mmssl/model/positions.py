@@ -1,7 +1,7 @@
 """Positions, and the choice of visible tokens that goes with them.
 
 A position module maps (features (B, L, D), mask, pad) to the visible tokens (M*B, L_visible, D) and a bias of the attention,
-additive, (M*B or 1, heads, E + L_visible, E + L_visible), or None.
+additive, (M*B or 1, heads, E + L_visible, E + L_visible), or how queries and keys turn, or None.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.model.attention import Turns
 from mmssl.types import Mask
 
 
@@ -117,27 +118,30 @@ class SinCos2d(nn.Module):
         return self.scale * both[None].float()
 
 
-def rotated_2d(x: Tensor, places: Tensor, base: float = 100.0) -> Tensor:
-    """Queries or keys turned by the place of their token on a grid, so that products tell how far apart places are.
+class Rotary2d(nn.Module):
+    """Places of a square grid as `Turns` of queries and keys; tokens stay as they are, and extra tokens do not turn.
 
-    Of each head the first half turns with the row, the second with the column; in each half channel i and the one a quarter of
-    the head further turn together by place * base^(-4i / d).
-
-    Args:
-        x: (..., L, d), d a multiple of 4.  places: (L, 2) row and column of each token.
-    Returns: (..., L, d), fp32 or higher; as it was at row 0 and column 0.
-    Raises: ValueError if d is no multiple of 4.
-    Source: arXiv:2211.10408, section 3.2; arXiv:2104.09864.
+    The centres of the patches lie evenly from -1 to 1 whatever the size of the image, and a turn is 2 pi (DINOv3,
+    arXiv:2508.10104, section 3.2). The shifts and stretches of places in its training are left out.
     """
-    dim = x.shape[-1]
-    if dim % 4:
-        raise ValueError(f"heads: {dim} channels each, which positions that turn need to be a multiple of 4")
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    frequency = base ** (-torch.arange(dim // 4, dtype=torch.float64, device=x.device) / (dim // 4))
-    angle = (places.to(torch.float64)[..., None] * frequency).to(x.dtype)  # (L, 2, d/4)
-    a, b = x.unflatten(-1, (2, 2, dim // 4)).unbind(-2)  # each (..., L, 2, d/4)
-    turned = torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -2)
-    return turned.flatten(-3)
+
+    def __init__(self, dim: int, extra: int, base: float = 100.0):
+        super().__init__()
+        if base <= 0:
+            raise ValueError(f"rotary_base: {base}, must be above 0")
+        self.dim, self.extra, self.base = dim, extra, base
+        Turns.of(torch.zeros(1, 1, 2), dim, base)  # or says why not
+
+    def forward(self, tokens: Tensor, mask: Mask | None = None, pad: Tensor | None = None) -> tuple[Tensor, Turns]:
+        """Keep what is visible; turns of those tokens."""
+        side = math.isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"image_size: {tokens.shape[1]} patches form no square, which rotary positions need")
+        centre = (torch.arange(side, device=tokens.device, dtype=torch.float32) + 0.5) * (2 / side) - 1
+        places = 2 * math.pi * torch.cartesian_prod(centre, centre)[None]  # (1, L, 2)
+        if mask is not None:
+            places = places[0][mask.keep]  # (M*B, L_visible, 2)
+        return take(tokens, mask), Turns.of(F.pad(places, (0, 0, self.extra, 0)), self.dim, self.base)
 
 
 class RelativeBias(nn.Module):
@@ -244,15 +248,24 @@ class ConvPositions(nn.Module):
         return take(tokens, mask) + code, bias
 
 
-def attention_bias(bias: Tensor | None, pad: Tensor | None, extra: int, attend: Tensor | None = None) -> Tensor | None:
+def attention_bias(
+    bias: Tensor | Turns | None, pad: Tensor | None, extra: int, attend: Tensor | None = None
+) -> Tensor | Turns | None:
     """What attention adds, with padding hidden as keys.
 
     Args:
-        bias: additive, (R or 1, H, E + L, E + L), or None.
+        bias: additive, (R or 1, H, E + L, E + L), or turns, or None.
         pad: (R, L) bool, True = padding, or None.
         attend: (R, L) bool, the tokens that are keys, True = attend, or None for all.
-    Returns: additive bias, -inf at what is hidden; or bool (R, 1, 1, E + L), True = attend, if there is no bias; or None.
+    Returns: additive bias, -inf at what is hidden; or bool (R, 1, 1, E + L), True = attend, if there is no bias; or None; or
+        turns that hold one of them.
     """
+    if isinstance(bias, Turns):
+        return bias._replace(bias=_hiding(bias.bias, pad, extra, attend))
+    return _hiding(bias, pad, extra, attend)
+
+
+def _hiding(bias: Tensor | None, pad: Tensor | None, extra: int, attend: Tensor | None) -> Tensor | None:
     hide = pad if attend is None else ~attend if pad is None else pad | ~attend
     if hide is None:
         return bias

@@ -6,11 +6,12 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmssl.model.attention import Attention
+from mmssl.model.attention import Attention, Turns
 
-Activation = Literal["gelu", "gelu_tanh", "gelu_quick"]  # by the error function, nearly, roughly
+Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]  # by the error function, nearly, roughly; arXiv:2002.05202
 NormKind = Literal["layer", "rms"]  # rms: neither means nor offsets, arXiv:1910.07467
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 WIDEST, DEEPEST = 1 << 17, 1024  # a typing error must not ask for a petabyte
@@ -40,15 +41,30 @@ class QuickGelu(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu_quick": QuickGelu}
+class SwiGlu(nn.Module):
+    """Half of the units, through SiLU, times the other half (arXiv:2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2 * H) -> (..., H)."""
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "gelu_quick": QuickGelu,
+    "swiglu": SwiGlu,
+}
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear. (B, L, D) -> (B, L, D)."""
+    """Linear, activation, Linear. (B, L, D) -> (B, L, D). The first is twice as wide where units come in pairs."""
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "gelu"):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, dim)
+        wide = 2 * hidden if activation == "swiglu" else hidden
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, wide), ACTIVATIONS[activation](), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen, bend, narrow."""
@@ -93,7 +109,7 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.scale1, self.scale2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, bias: Tensor | Turns | None = None) -> tuple[Tensor, Tensor]:
         """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D)."""
         if self.pre:
             x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), bias)))
@@ -189,7 +205,7 @@ class Transformer(nn.Module):
             setattr(self, name, getattr(other, name))
 
     def forward(
-        self, x: Tensor, collect: Literal["ffn", "block"] | None = None, bias: Tensor | None = None
+        self, x: Tensor, collect: Literal["ffn", "block"] | None = None, bias: Tensor | Turns | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Contextualise.
 

@@ -1,5 +1,5 @@
-"""To and from the transformers classes of the same structure: ViT, ViTMAE, and Data2VecVision, which is BEiT with shared
-relative positions.
+"""To and from the transformers classes of the same structure: ViT, ViTMAE, Data2VecVision, which is BEiT with shared relative
+positions, DINOv2 and DINOv3's ViT.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from torch import Tensor
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.native import Blocks, linears, native_shape, options, own_shape, plain, stored
 from mmssl.model.positions import SinCos2d
+from modalities.vision import convert_dino
 
-NATIVE = ("vit", "vit_mae", "data2vec-vision")
+NATIVE = ("vit", "vit_mae", "data2vec-vision", *convert_dino.NATIVE)
 BLOCKS = Blocks(
     path="encoder.layer",
     qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
@@ -33,17 +34,22 @@ def to_native(
 ) -> tuple[Any, dict[str, Tensor]] | None:
     """A model with the same outputs for images of `image_size`; None if the encoder has another structure.
 
-    Relative positions with LayerScale make a Data2VecVision, absolute ones without it a ViT, or a ViTMAE if asked for. ViT's
-    pooler, which has no counterpart, is the identity, so that `pooler_output` is cls. A ViTMAE hides patches also in use.
+    Relative positions with LayerScale make a Data2VecVision, absolute ones without it a ViT, or a ViTMAE if asked for; with it,
+    or with registers, a DINOv2, and rotary ones a DINOv3. ViT's pooler, which has no counterpart, is the identity, so that
+    `pooler_output` is cls. A ViTMAE hides patches also in use.
     """
     extra = options(config)
     relative, scaled = extra.positions == "relative", config.layer_scale > 0
-    if config.norm != "pre" or config.extra_tokens != 1 or relative != scaled or not plain(config):
-        return None
     if extra.positions == "none" or extra.palette:
+        return None
+    beyond = scaled or config.extra_tokens > 1 or config.activation == "swiglu"  # what a ViT can hold
+    dino = extra.positions == "rotary" or (beyond and not relative)
+    if not dino and (config.norm != "pre" or config.extra_tokens != 1 or relative != scaled or not plain(config)):
         return None
     shape = {"image_size": extra.image_size, "patch_size": extra.patch_size, "num_channels": extra.channels}
     shape |= native_shape(config) | {"pooling": config.pooling}  # the last is ours, and read by nobody else
+    if dino:
+        return convert_dino.to_native(config, shape, weights)
     return _to_data2vec(config, shape, weights) if relative else _to_vit(config, shape, weights, kind)
 
 
@@ -82,13 +88,18 @@ def _to_data2vec(config: MmsslConfig, shape: dict[str, Any], weights: dict[str, 
 
 def from_native(native: Any, weights: dict[str, Tensor]) -> tuple[MmsslConfig, dict[str, Tensor]] | None:
     """The shared transformer with the outputs of that model; None if it is something else."""
-    if native.model_type not in NATIVE or native.hidden_act != "gelu" or native.num_channels not in (1, 3):
+    if native.model_type not in NATIVE or native.num_channels not in (1, 3):
         return None
     image, patch = _side(native.image_size), _side(native.patch_size)
     if not image or not patch or image % patch:
         return None
-    shape = own_shape(native) | {"image_size": image, "patch_size": patch, "channels": native.num_channels}
+    shape: dict[str, Any] = {"image_size": image, "patch_size": patch, "channels": native.num_channels}
     shape |= {"modality": "vision", "norm": "pre", "extra_tokens": 1, "pooling": getattr(native, "pooling", "mean")}
+    if native.model_type in convert_dino.NATIVE:
+        return convert_dino.from_native(native, shape, stored(native, weights))
+    if native.hidden_act != "gelu":
+        return None
+    shape |= own_shape(native)
     return (_from_data2vec if native.model_type == "data2vec-vision" else _from_vit)(native, shape, weights)
 
 

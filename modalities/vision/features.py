@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.model.encoder import features_of
-from mmssl.model.positions import Learned2d, NoPositions, RelativeBias, SinCos2d
+from mmssl.model.positions import Learned2d, NoPositions, RelativeBias, Rotary2d, SinCos2d
 
 
 class Palette(nn.Module):
@@ -58,8 +58,9 @@ class PatchFeatures(nn.Module):
         image_size: int = 224,
         patch_size: int = 16,
         channels: int = 3,
-        positions: Literal["sincos", "learned", "relative", "none"] = "sincos",
+        positions: Literal["sincos", "learned", "relative", "rotary", "none"] = "sincos",
         position_scale: float = 1.0,
+        rotary_base: float = 100.0,
         palette: int = 0,
     ):
         super().__init__()
@@ -73,7 +74,7 @@ class PatchFeatures(nn.Module):
         self.dim, self.image_size, self.patch_size, self.channels = dim, image_size, patch_size, channels
         if position_scale < 0:
             raise ValueError(f"position_scale: {position_scale}, must be at least 0")
-        self.kind, self.position_scale = positions, position_scale
+        self.kind, self.position_scale, self.rotary_base = positions, position_scale, rotary_base
         self.relative = positions == "relative"
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.length = self.grid[0] * self.grid[1]
@@ -88,9 +89,13 @@ class PatchFeatures(nn.Module):
             nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
 
     def positions(self, heads: int, extra: int) -> nn.Module:
-        """Fixed 2-D sine-cosine positions, learned ones as in ViT, learned biases of the attention as in BEiT, or none."""
+        """Fixed 2-D sine-cosine positions, learned ones as in ViT, learned biases of the attention as in BEiT, queries and keys
+        that turn as in DINOv3, or none.
+        """
         if self.kind == "none":
             return NoPositions()
+        if self.kind == "rotary":
+            return Rotary2d(self.dim // heads, extra, self.rotary_base)
         if self.relative:
             return RelativeBias(self.grid, heads, extra)
         if self.kind == "learned":

@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from mmssl.model.attention import Attention, Turns
 from mmssl.model.positions import (
     Alibi,
     ConvPositions,
     Learned2d,
     RelativeBias,
+    Rotary2d,
     SinCos2d,
     attention_bias,
-    rotated_2d,
     slopes,
     take,
     take_pad,
@@ -255,23 +256,61 @@ def test_the_table_of_relative_biases_has_a_row_for_each_pair_and_three_for_cls(
 
 def test_positions_that_turn_have_the_reference_values():
     case = MASKED["rope2d_base100"]
-    found = rotated_2d(tensor([case["token"]]), torch.tensor([case["position_yx"]]), case["base"])
-    assert_close(found, tensor([case["output"]]), rtol=1e-9, atol=0)
+    token, place = tensor(case["token"]), tensor(case["position_yx"])
+    found = Turns.of(place[None, None], len(token), case["base"]).apply(token[None, None, None])
+    assert_close(found[0, 0, 0], tensor(case["output"]), rtol=1e-9, atol=0)
 
 
 def test_products_of_what_is_turned_know_how_far_apart_places_are_and_nothing_else():
     q, k = drawn(2, 3, 1, 12, seed=1), drawn(2, 3, 1, 12, seed=2)  # (B, heads, L, d)
 
     def product(first, second):
-        both = (rotated_2d(x, torch.tensor([place])) for x, place in ((q, first), (k, second)))
+        both = (Turns.of(tensor([[place]]), 12).apply(x) for x, place in ((q, first), (k, second)))
         return (next(both) * next(both)).sum(-1)
 
     assert_close(product((1, 5), (3, 2)), product((4, 9), (6, 6)), rtol=1e-10, atol=1e-12)
     assert float((product((1, 5), (3, 2)) - product((5, 1), (2, 3))).abs().max()) > 0.1
-    assert_close(rotated_2d(q, torch.tensor([[0, 0]])), q, rtol=0, atol=0)
-    assert rotated_2d(q.bfloat16(), torch.tensor([[1, 1]])).dtype == torch.float32
+    assert_close(Turns.of(torch.zeros(1, 1, 2).double(), 12).apply(q), q, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"^heads: 6 channels"):
-        rotated_2d(torch.zeros(1, 6), torch.tensor([[0, 0]]))
+        Turns.of(torch.zeros(1, 1, 2), 6)
+
+
+def test_half_precision_turns_as_precisely_as_it_can_be_written():
+    q = drawn(2, 3, 9, 12, seed=1).bfloat16()
+    turns = Turns.of(torch.arange(18.0).view(1, 9, 2), 12)
+    wanted = Turns.of(torch.arange(18.0).view(1, 9, 2).double(), 12).apply(q.double())
+    assert turns.apply(q).dtype == torch.bfloat16
+    assert_close(turns.apply(q), wanted.bfloat16(), rtol=2**-8, atol=1e-6)
+
+
+@torch.no_grad()
+def test_visible_tokens_turn_with_their_own_place_and_extra_ones_do_not():
+    positions, tokens = Rotary2d(8, 2), drawn(2, 16, 8, seed=1)
+    mask = Mask.of(torch.rand(4, 16, generator=torch.Generator().manual_seed(3)).argsort(1).argsort(1) < 9)
+    whole, seen = positions(tokens)[1], positions(tokens, mask)[1]
+    assert whole.cos.shape == (1, 1, 18, 2, 2)
+    for row in range(4):
+        chosen = torch.cat([torch.arange(2), mask.keep[row] + 2])
+        assert torch.equal(seen.sin[row, 0], whole.sin[0, 0, chosen])
+    assert torch.equal(whole.sin[0, 0, :2], torch.zeros(2, 2, 2))
+    assert torch.equal(whole.cos[0, 0, :2], torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match=r"^image_size: 6 patches form no square"):
+        positions(torch.zeros(1, 6, 8))
+
+
+@torch.no_grad()
+def test_what_is_hidden_is_hidden_from_tokens_that_turn():
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2).double(), drawn(1, 10, 16, seed=2)
+    turns = Rotary2d(8, 1)(torch.zeros(1, 9, 16))[1]
+    attend = torch.ones(1, 9, dtype=torch.bool)
+    attend[0, 4] = False
+    told = attention_bias(turns, None, 1, attend)
+    other = x.clone()
+    other[:, 5] = 3.0
+    rest = [i for i in range(10) if i != 5]
+    assert_close(attention(x, told)[:, rest], attention(other, told)[:, rest], rtol=0, atol=0)
+    assert float((attention(x, turns)[:, rest] - attention(other, turns)[:, rest]).abs().max()) > 1e-3
 
 
 def test_interpolated_positions_are_those_of_the_plain_factor_and_not_of_a_fudged_one():
