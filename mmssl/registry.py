@@ -60,6 +60,8 @@ class Modality(NamedTuple):
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
     draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
+    # (folder or id of a model, model options that are given) -> the view options that its preprocessing states
+    stated: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None
 
 
 @cache

@@ -35,7 +35,7 @@ Processes: launch profiles lie in `recipes/accelerate/`, for two processes witho
 `cpu2-zero2`, `cpu2-zero3`), for the GPUs of one machine (`gpu-ddp`, `gpu-zero2`, `gpu-zero3`; add `--num_processes N`) and of
 several (`gpu-multinode`): `accelerate launch --config_file recipes/accelerate/PROFILE.yaml recipes/pretrain.py RECIPE`.
 `slurm.sbatch` is a job that saves before its time is up, queues again and goes on. Each says in its first lines how it is
-started. Those for GPUs have not been run on one yet. ZeRO on CPU compiles a small extension and needs a C++ compiler.
+started. Those for GPUs have not been run on one yet.
 
 ## Shipped recipes
 

@@ -15,7 +15,7 @@ OPTIONS = {"json": (bool, False, "print JSON")}
 
 def run(arguments: list[str]) -> int:
     """`mmssl check RECIPE`."""
-    given = parse(arguments, ("RECIPE",), OPTIONS, overrides=True)
+    given = parse(arguments, ("[RECIPE]",), OPTIONS, overrides=True)
     from mmssl.config import load_recipe
 
     recipe = load_recipe(given["recipe"], *given["overrides"])

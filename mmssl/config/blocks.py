@@ -91,6 +91,9 @@ class OptimOptions(Options):
         description="Share of the rate that the last block of the trunk has, the one before it its square, and so on; for "
         "going on from a model (data2vec's fine-tuning: 0.65).",
     )
+    heads_first: int = Field(
+        0, ge=0, description="Updates in the beginning that train heads alone, with the encoder as it is; for model.init."
+    )
     warmup: int = Field(0, ge=0, description="Updates of linear warm-up from 0.")
     warmup_from: float | None = Field(
         None,

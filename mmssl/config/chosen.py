@@ -69,6 +69,11 @@ def _model(name: str, base: type[BaseModel], fields: dict[str, Any]) -> Any:
     return create_model(name, __base__=base, **fields)
 
 
+def model_options(kind: Modality) -> dict[str, Any]:
+    """Options of the `model` block of a kind of data, by name, where the encoder is the shared transformer."""
+    return dict(_model_block(kind, wrapped=False).model_fields)
+
+
 def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
     from mmssl.model import library
     from mmssl.model.configuration import MmsslConfig

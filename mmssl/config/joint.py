@@ -194,6 +194,6 @@ def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Settings:
     return JointRecipe.check(raw, where) if MODALITIES in raw else Recipe.check(raw, where)
 
 
-def load_recipe(path: str | Path, *overrides: str, **more: Any) -> Settings:
+def load_recipe(path: str | Path | None, *overrides: str, **more: Any) -> Settings:
     """As `Recipe.load`, for one kind of data or for several."""
-    return check_recipe(read_recipe(path, *overrides, **more), str(path))
+    return check_recipe(read_recipe(path, *overrides, **more), str(path or "recipe"))

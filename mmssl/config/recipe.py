@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
 from mmssl.config.blocks import DataOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
-from mmssl.config.chosen import chosen_blocks
+from mmssl.config.chosen import chosen_blocks, model_options
+from mmssl.config.continuing import RECIPE, adopt
 from mmssl.config.messages import explain, nearest, told
 from mmssl.config.reading import apply_override, dump_value, find_recipe, read_yaml
 from mmssl.errors import RecipeError
@@ -74,6 +75,10 @@ class Recipe(Settings):
     def _length(self) -> Recipe:
         if (self.train.steps is None) == (self.train.epochs is None):
             raise ValueError("train: give either steps or epochs")
+        if self.train.steps is not None and self.optim.heads_first >= self.train.steps:
+            raise ValueError(
+                f"optim.heads_first: {self.optim.heads_first} of train.steps {self.train.steps}, nothing else learns"
+            )
         if self.data.streaming and self.train.steps is None:
             raise ValueError("train.steps: a stream has no known length, give the number of updates instead of epochs")
         if self.data.streaming and self.data.workers and self.data.readers % self.data.workers:
@@ -81,16 +86,17 @@ class Recipe(Settings):
         return self
 
     @classmethod
-    def load(cls, path: str | Path, *overrides: str, **more: Any) -> Recipe:
+    def load(cls, path: str | Path | None, *overrides: str, **more: Any) -> Recipe:
         """Read and check a recipe.
 
         Args:
-            path: a YAML file, or the name of a shipped recipe such as `vision/data2vec2-demo`.
+            path: a YAML file, or the name of a shipped recipe such as `vision/data2vec2-demo`, or None to go on from the model
+                that `model.init` names.
             overrides: `key.sub=value`, the value in YAML.
             more: the same as keywords, with `__` for the dot.
         Raises: RecipeError with all errors, each with key, finding and mend.
         """
-        return cls.check(read_recipe(path, *overrides, **more), str(path))
+        return cls.check(read_recipe(path, *overrides, **more), str(path or "recipe"))
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -110,6 +116,10 @@ class Recipe(Settings):
         if isinstance(raw.get("data"), str):
             raw["data"] = {"path": raw["data"]}
         problems = []
+        try:
+            adopt(raw, model_options)
+        except RecipeError as error:
+            return None, [str(error)]
         name = _sub(raw, "method", "name")
         known = isinstance(name, str) and name in METHODS
         if not known:
@@ -176,6 +186,8 @@ class Recipe(Settings):
             return [f"model.backbone: {name} hides tokens, which the shared transformer alone can do; leave it out"]
         if self.wrapped and getattr(self.views, "mask", None) is not None:
             problems.append("views.mask: a backbone sees whole views; leave it out, or model.backbone")
+        if not chosen.alone:
+            problems.append(f"method.name: {name} holds another method back; put one before it, such as data2vec2+{name}")
         if self.model.freeze and not chosen.pairs:  # type: ignore[attr-defined]
             problems.append(f"model.freeze: {name} would have no encoder to train; leave it out")
         if chosen.masks and getattr(self.views, "mask", None) is None:
@@ -291,12 +303,23 @@ def refused(where: str, problems: list[str]) -> RecipeError:
     return RecipeError(f"{where} has {len(lines)} error{'s' * (len(lines) > 1)}:\n{listing}")
 
 
-def read_recipe(path: str | Path, *overrides: str, **more: Any) -> dict[str, Any]:
-    """A recipe as a plain dict, with what is overridden; see `Recipe.load`. Raises: RecipeError."""
-    file = find_recipe(path)
-    raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
+def read_recipe(path: str | Path | None, *overrides: str, **more: Any) -> dict[str, Any]:
+    """A recipe as a plain dict, with what is overridden; see `Recipe.load`. Raises: RecipeError.
+
+    Args:
+        path: None for the one that goes on from a model, which `model.init` names.
+    """
+    if path is None:
+        raw = copy.deepcopy(RECIPE)
+    else:
+        file = find_recipe(path)
+        raw = {"out": f"runs/{file.stem}", **read_yaml(file)}
     for text in (*overrides, *(f"{name.replace('__', '.')}={dump_value(value)}" for name, value in more.items())):
         apply_override(raw, text)
+    if path is None and not _sub(raw, "model", "init"):
+        raise RecipeError(
+            "RECIPE: missing; name one (`mmssl list recipes`), or a model to go on from: model.init=FOLDER_OR_ID data=PATH."
+        )
     return raw
 
 

@@ -348,14 +348,16 @@ def _shared(model: PreTrainedModel) -> torch.nn.Module:
 
 
 def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
-    """Start an encoder from a model of the same shape. Raises: RecipeError naming what does not fit."""
+    """Start an encoder from a model of the same shape, but for what its features and positions can fit to theirs, such as the
+    size of images. Raises: RecipeError naming what does not fit.
+    """
     try:
         model: Any = load_encoder(path)
     except RecipeError as error:
         raise RecipeError(f"model.init: {error}") from None
     own = encoder.state_dict()
     if isinstance(model, MmsslModel):
-        saved = _of_its_kind(model, encoder.modality, path).state_dict()
+        saved = _fitted(encoder, _of_its_kind(model, encoder.modality, path).state_dict())
     elif isinstance(encoder, Backbone):
         saved = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     else:
@@ -375,6 +377,16 @@ def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
         shape = {name: config[name] for name in named if name in config}
         raise RecipeError(f"model.init: {path} has another shape ({shape}) than the recipe; first difference: {wrong[0]}.")
     encoder.load_state_dict(saved)
+
+
+def _fitted(encoder: Encoder | Backbone, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model as those of an encoder for other inputs, where features and positions know how."""
+    for name in ("features", "positions"):
+        fit = getattr(getattr(encoder, name, None), "fitted", None)
+        if fit is not None:
+            own = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+            saved = saved | {f"{name}.{key}": value for key, value in fit(own).items()}
+    return saved
 
 
 def _of_its_kind(model: MmsslModel, modality: str, path: str | Path) -> torch.nn.Module:

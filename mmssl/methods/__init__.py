@@ -1,6 +1,7 @@
 """One file for each paper."""
 
 from mmssl.methods.aasae import AASAE
+from mmssl.methods.anchor import Anchor
 from mmssl.methods.barlow_twins import BarlowTwins
 from mmssl.methods.beit import BEiT
 from mmssl.methods.bind import Bind
@@ -61,6 +62,8 @@ PAPERS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "dino": DINO,
     "bind": Bind,
+    # beside another method
+    "anchor": Anchor,
     # masked: what a teacher makes of the whole
     "data2vec1": Data2Vec1,
     "data2vec2": Data2Vec2,

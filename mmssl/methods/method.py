@@ -58,6 +58,7 @@ class Method(nn.Module):
     slots: ClassVar[bool] = False  # whether there is state for each sample of the data set
     chooses: ClassVar[bool] = False  # whether `order` chooses the samples of a pass
     pairs: ClassVar[bool] = False  # whether its rows are compared with the same rows of other kinds of data
+    alone: ClassVar[bool] = True  # whether it teaches anything without another method beside it
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
     normal: ClassVar[tuple[Normal, ...]] = ()

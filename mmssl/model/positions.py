@@ -92,6 +92,10 @@ class SinCos2d(nn.Module):
         """Add positions, then keep what is visible."""
         return take(tokens + self._table(tokens).to(tokens.dtype), mask), None
 
+    def fitted(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a model for images of another size: its places are computed, not learned."""
+        return saved | {"table": self.table}
+
     def _table(self, tokens: Tensor) -> Tensor:
         """(1, L, D) for that many tokens."""
         length = tokens.shape[1]
@@ -334,6 +338,14 @@ class Learned2d(nn.Module):
         """Add positions, then keep what is visible."""
         return take(tokens + self._table(tokens.shape[1]).to(tokens.dtype), mask), None
 
+    def fitted(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a model for square images of another size: its places are interpolated."""
+        table = saved.get("table")
+        side = 0 if table is None else math.isqrt(table.shape[1])
+        if table is None or side * side != table.shape[1] or table.shape == self.table.shape:
+            return saved
+        return saved | {"table": _resized(table, (side, side), self.grid)}
+
     def _table(self, length: int) -> Tensor:
         """(1, L, D) for that many tokens."""
         if length == self.table.shape[1]:
@@ -341,5 +353,10 @@ class Learned2d(nn.Module):
         side = math.isqrt(length)
         if side * side != length:
             raise ValueError(f"image_size: {length} patches form no square, which positions of another image size need")
-        grid = self.table.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-        return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        return _resized(self.table, self.grid, (side, side))
+
+
+def _resized(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(1, rows * columns, D) of one grid -> of the other."""
+    places = table.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    return F.interpolate(places, size, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

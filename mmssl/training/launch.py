@@ -67,6 +67,7 @@ def training_arguments(recipe: Settings) -> TrainingArguments:
     if deepspeed:
         prefer_own_tools()
         remove_stale_locks()
+        compile_nothing()
     processes = launched()
     micro, accumulation = batch_split(recipe, processes)
     if cpu and processes > 1 and not deepspeed and not dist.is_initialized():
@@ -152,6 +153,16 @@ def remove_stale_locks(age: float = 900.0) -> None:
             if time.time() - lock.stat().st_mtime > age and not _is_open(lock):
                 lock.unlink()
                 print(f"mmssl: note: removed {lock}, which a build that was killed had left behind.", file=sys.stderr)
+
+
+def compile_nothing() -> None:
+    """DeepSpeed on a CPU builds a C++ extension for inference before the first update. Nothing here uses it; it takes a
+    compiler and a minute, and a kill meanwhile leaves a lock behind.
+    """
+    with contextlib.suppress(ImportError):  # which the run reports by itself
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _is_open(file: Path) -> bool:

@@ -20,6 +20,7 @@ from mmssl.training.objective import PROBE_SCALE, JointObjective, Objective
 from mmssl.types import Clock
 
 PROBE_LR = 5e-3
+ENCODER = re.compile(r"(members\.\w+\.)?student\.encoder\.")  # names of its parameters
 
 
 def schedule(options: OptimOptions, batch: int | None = None, epochs: float | None = None) -> Schedule:
@@ -85,18 +86,20 @@ def parameter_groups(
 
     undecayed = [name for name, part in method.named_modules() if isinstance(part, Part) and not part.decays]
     freezing = [name for name, module in method.named_modules() if hasattr(module, "is_frozen")]
-    members: dict[tuple[bool, bool, bool, str | None, float], list[Tensor]] = {}
+    members: dict[tuple[bool, bool, bool, str | None, float, int], list[Tensor]] = {}
     for name, p in trained.items():
         own_rate = options.bias_lr is not None and p.ndim <= 1
         module = next((part for part in freezing if _below(name, [part])), None)
         share = layer_share(name, options.layer_decay, method)
-        members.setdefault((decays(name, p), own_rate, _below(name, options.steady), module, share), []).append(p)
+        still = options.heads_first if ENCODER.match(name) else 0
+        members.setdefault((decays(name, p), own_rate, _below(name, options.steady), module, share, still), []).append(p)
     groups = []
-    for (decayed, own_rate, steady, module, share), params in sorted(members.items(), key=lambda item: not item[0][0]):
+    for (decayed, own_rate, steady, module, share, still), params in sorted(members.items(), key=lambda item: not item[0][0]):
         factor = share * (options.bias_lr / options.lr if own_rate and options.bias_lr else 1.0)
         decay = _decay(options) if decayed else constant(0.0)
         group = {"params": params, "role": "method", "adapt": decayed, "weight_decay": decay.start, "decay": decay}
-        groups.append(group | {"factor": factor, "own_rate": factor * rate.start if steady else None, "module": module})
+        group |= {"factor": factor, "own_rate": factor * rate.start if steady else None, "module": module, "still": still}
+        groups.append(group)
     if objective.probes:
         groups.append(_probe_group(objective.probes, options))
     return groups
@@ -137,7 +140,7 @@ def _probe_group(probes: Sequence[nn.Linear], options: OptimOptions) -> dict[str
         "weight_decay": 0.0,
         "eps": 1e-12,
     }
-    return group | {"decay": constant(0.0), "factor": 1.0, "own_rate": rate, "module": None}
+    return group | {"decay": constant(0.0), "factor": 1.0, "own_rate": rate, "module": None, "still": 0}
 
 
 def build_optimizer(
@@ -160,7 +163,8 @@ def build_optimizer(
 def set_rates(optimizer: torch.optim.Optimizer, rate: float, clock: Clock | None = None, method: Method | None = None) -> None:
     """Write this update's learning rates and weight decays into the groups; before the update, as DeepSpeed steps in backward.
 
-    A module of the method with `is_frozen(clock) -> bool` gets zero for both while it is frozen, and stays as it is to the bit.
+    A module of the method with `is_frozen(clock) -> bool` gets zero for both while it is frozen, and stays as it is to the bit;
+    so does the encoder for its first `heads_first` updates.
 
     Args:
         rate: of the method; the probe and what is steady keep their own.
@@ -174,6 +178,9 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float, clock: Clock | None
             assert method is not None, "a module that freezes needs the method"
             module: Any = method.get_submodule(group["module"])
             group["frozen"] = module.is_frozen(clock)
+        if group["still"]:
+            assert clock is not None, "an encoder that waits for its heads needs the clock"
+            group["frozen"] |= clock.step < group["still"]
         own, decay = group["own_rate"], group["decay"]
         if decay.start != decay.end:
             assert clock is not None, "a weight decay that changes needs the clock"

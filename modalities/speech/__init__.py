@@ -3,7 +3,7 @@
 from mmssl.registry import Modality
 from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.speech.features import SpeechFeatures
-from modalities.speech.processor import plain_views, processor
+from modalities.speech.processor import plain_views, processor, stated
 from modalities.speech.views import SpeechViews
 
 MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
@@ -58,4 +58,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     native="modalities.speech.convert",
+    stated=stated,
 )

@@ -35,6 +35,16 @@ def processor(config: Any, views: Any) -> Any:
     return Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=views.normalise, return_attention_mask=not views.repeats)
 
 
+def stated(path: str, model: dict[str, Any]) -> dict[str, Any]:
+    """View options: whether each wave is normalised, where the model's folder states it."""
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return {"normalise": bool(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False).do_normalize)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def plain_views(model: Any, path: Any) -> SpeechViews:
     """Views for the frames of a model, with the normalisation that its folder states; normalised where it states none.
 

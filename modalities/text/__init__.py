@@ -4,7 +4,7 @@ from mmssl.registry import Modality
 from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.text.features import TextFeatures
 from modalities.text.picture import draw
-from modalities.text.processor import plain_views, processor
+from modalities.text.processor import plain_views, processor, stated
 from modalities.text.views import TextViews, configure
 
 MODEL = {"extra_tokens": 0, "norm_eps": 1e-5}
@@ -70,4 +70,5 @@ MODALITY = Modality(
     DEFAULTS,
     "modalities.text.convert",
     draw,
+    stated=stated,
 )

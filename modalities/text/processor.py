@@ -17,6 +17,11 @@ def processor(config: Any, views: Any) -> Any:
     return tokenizer
 
 
+def stated(path: str, model: dict[str, Any]) -> dict[str, Any]:
+    """View options: the tokenizer beside the model."""
+    return {"tokenizer": path}
+
+
 def plain_views(model: Any, path: Any) -> TextViews:
     """Views with the tokenizer in a model's folder. Raises: ValueError if that cannot be loaded."""
     tokenizer = load(str(path))

@@ -4,7 +4,7 @@ from mmssl.registry import Modality
 from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw
 from modalities.vision.features import PatchFeatures
 from modalities.vision.picture import draw
-from modalities.vision.processor import plain_views, processor
+from modalities.vision.processor import plain_views, processor, stated
 from modalities.vision.views import ImageViews
 
 DEFAULTS = {
@@ -91,4 +91,5 @@ MODALITY = Modality(
     defaults=DEFAULTS,
     native="modalities.vision.convert",
     draw=draw,
+    stated=stated,
 )

@@ -111,6 +111,13 @@ class PatchFeatures(nn.Module):
             )
         return self.proj(x).flatten(2).transpose(1, 2) if self.palette is None else self.palette(x)
 
+    def fitted(self, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a model for images with another number of channels: the same features of a grey image in either form."""
+        weight = saved.get("proj.weight")
+        if weight is None or weight.shape[1] == self.channels:
+            return saved
+        return saved | {"proj.weight": weight.sum(1, keepdim=True).expand(-1, self.channels, -1, -1) / self.channels}
+
     @property
     def raw_width(self) -> int:
         """Values of a patch, or colours of the palette."""

@@ -40,6 +40,23 @@ def plain_views(model: Any, path: Any) -> ImageViews:
     return ImageViews(Images(size if isinstance(size, int) else size[0], channels), (0.08, 1.0), mean=mean, std=std)
 
 
+def stated(path: str, model: dict[str, Any]) -> dict[str, Any]:
+    """View options: mean and standard deviation of the pixels, where the model's folder states them; their means for grey
+    images where it was trained with coloured ones, and the other way round.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        saved = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        found = {"mean": [*saved.image_mean], "std": [*saved.image_std]}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    channels = model.get("channels") or len(found["mean"])
+    if channels == len(found["mean"]):
+        return found
+    return {name: [sum(values) / len(values)] * channels for name, values in found.items()}
+
+
 def _side(saved: Any) -> int | None:
     """What an image processor leaves of an image, in pixels; None if it does not say."""
     cropped, resized = (dict(getattr(saved, name, None) or {}) for name in ("crop_size", "size"))
