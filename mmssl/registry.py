@@ -60,6 +60,7 @@ class Modality(NamedTuple):
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
     draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
+    tune: str | None = None  # name of a module with `Inputs`: what a model with a head takes, see mmssl/finetune/data.py
 
 
 @cache

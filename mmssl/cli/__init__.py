@@ -25,6 +25,7 @@ VERBS = {
     "check": "dry run: recipe, data, three steps, memory, throughput, time",
     "status": "how a run stands: mmssl status RUN",
     "replay": "the batch of an update that was not applied, sample by sample",
+    "finetune": "labels for an encoder: mmssl finetune RECIPE model=MODEL data=LABELLED [key=value ...]",
     "probe": "k-NN and linear accuracy of a model on labelled data",
     "measure": "the probes of a run again: mmssl measure RUN [key=value ...]",
     "export": "write the encoder of a run as a model folder",

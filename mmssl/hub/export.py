@@ -33,6 +33,7 @@ from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import BACKBONE, OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
+from mmssl.model.tasks import TASKS
 from mmssl.model.transformer import DEEPEST, SHARED
 from mmssl.parts import Teacher
 from mmssl.redaction import redact
@@ -235,8 +236,16 @@ def _class_of(config: Any) -> type[PreTrainedModel]:
 
 def _own(config: MmsslConfig) -> MmsslModel:
     config.architectures = ["MmsslModel"]
-    config.auto_map = {"AutoConfig": "modeling_mmssl.MmsslConfig", "AutoModel": "modeling_mmssl.MmsslModel"}
+    config.auto_map = auto_map(config)
     return MmsslModel(config)
+
+
+def auto_map(config: MmsslConfig) -> dict[str, str]:
+    """Class of transformers -> that of the modelling code, for all that can be done with such a model."""
+    features: Any = None if config.members else feature_class(config.modality)
+    tasks = {name: task.__name__ for name, task in TASKS.items() if features and features.input_name in task.takes}
+    names = {"AutoConfig": "MmsslConfig", "AutoModel": "MmsslModel"} | tasks
+    return {name: f"modeling_mmssl.{own}" for name, own in names.items()}
 
 
 def export_heads(tensors: dict[str, Tensor], path: Path) -> None:

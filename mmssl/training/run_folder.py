@@ -29,7 +29,8 @@ from mmssl.errors import RecipeError, StorageError, storage_error
 from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
-FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
+FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl",
+         "results.json")  # fmt: skip
 FOLDERS = ("model", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
@@ -39,6 +40,7 @@ TRACES = (
     ".ranks",
     "tensorboard",
     "checkpoints/step-*",
+    "checkpoints/checkpoint-*",
     "checkpoints/.tmp-*",
     "checkpoints/.del-*",
 )

@@ -58,4 +58,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     native="modalities.speech.convert",
+    tune="modalities.speech.tune",
 )

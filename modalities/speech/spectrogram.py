@@ -91,4 +91,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     draw=draw,
+    tune="modalities.speech.tune",
 )

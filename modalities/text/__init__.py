@@ -70,4 +70,5 @@ MODALITY = Modality(
     DEFAULTS,
     "modalities.text.convert",
     draw,
+    tune="modalities.text.tune",
 )

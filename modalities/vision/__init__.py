@@ -91,4 +91,5 @@ MODALITY = Modality(
     defaults=DEFAULTS,
     native="modalities.vision.convert",
     draw=draw,
+    tune="modalities.vision.tune",
 )
