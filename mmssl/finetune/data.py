@@ -139,8 +139,8 @@ def _check_classes(source: Source, test: Source, learned: Tensor, held: Tensor, 
     if unknown := sorted(asked - known):
         told = ", ".join(names[number] for number in unknown[:5])
         raise RecipeError(
-            f"data.test: {len(unknown)} of its classes ({told}) have no sample in the split {recipe.data.split!r}, and cannot be "
-            "learned; add such samples, or take them out of the test."
+            f"data.test: {len(unknown)} of its classes ({told}) have no sample in the split {recipe.data.split!r}, and "
+            "cannot be learned; add such samples, or take them out of the test."
         )
     if len(known) < 2:
         raise RecipeError(f"data.label: all samples to learn from are of one class, {names[min(known)]}; add another.")
@@ -165,8 +165,8 @@ def _texts(recipe: FinetuneRecipe, kind: Modality, source: Source) -> Source:
         except RecipeError as error:
             reasons.append(error)
     raise RecipeError(
-        f"data.text: {recipe.data.path} has no column of transcripts named {recipe.data.text or ' or '.join(TEXTS)}; choose one "
-        "with data.text=COLUMN."
+        f"data.text: {recipe.data.path} has no column of transcripts named {recipe.data.text or ' or '.join(TEXTS)}; choose "
+        "one with data.text=COLUMN."
     ) from reasons[-1]
 
 

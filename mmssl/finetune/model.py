@@ -132,8 +132,8 @@ def _check_whole(model: PreTrainedModel, told: dict[str, Any], path: str) -> Non
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise RecipeError(
-                f"model.init: the file of weights in {path} {what} {sorted(found)[0]}{more}, so that the encoder is not the one "
-                "that was pretrained. config.json and weights do not belong together; export or fetch the model again."
+                f"model.init: the file of weights in {path} {what} {sorted(found)[0]}{more}, so that the encoder is not the "
+                "one that was pretrained. config.json and weights do not belong together; export or fetch the model again."
             )
 
 

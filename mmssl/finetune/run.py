@@ -82,8 +82,8 @@ class Follow(TrainerCallback):
             self.folder.log_metrics({"step": state.global_step, **found})
         if not math.isfinite(found.get("loss", 0.0)):
             raise NonFiniteError(
-                f"The loss is {found['loss']} at update {state.global_step}. Lower optim.lr, raise optim.warmup, or look at the data; "
-                "the last checkpoint is from before."
+                f"The loss is {found['loss']} at update {state.global_step}. Lower optim.lr, raise optim.warmup, or look "
+                "at the data; the last checkpoint is from before."
             )
 
 
@@ -100,13 +100,14 @@ def finetune(recipe: FinetuneRecipe, overwrite: bool = False, resume: bool = Fal
         torch.set_num_threads(recipe.train.threads)
     check_launch(recipe)
     sets, model, inputs, codec, kind = prepared(recipe)
+    trained = restrict(model, recipe)
     args = training_arguments(recipe, len(sets.train), codec is not None)
     folder = _opened(recipe, args.process_index == 0, overwrite, resume)
     folder.write_identity(recipe.dump(), sys.argv, sets.facts)
     follow = Follow(folder, sets.train)
     try:
         with Signals(follow.hear):
-            trainer = _trainer(recipe, args, sets, restrict(model, recipe), inputs, codec, follow)
+            trainer = _trainer(recipe, args, sets, trained, inputs, codec, follow)
             folder.status("running", steps=args.max_steps)
             _run(recipe, trainer, folder, resume)
             if trainer.state.global_step < args.max_steps:
@@ -195,7 +196,7 @@ def kind_of(recipe: FinetuneRecipe) -> Modality:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RecipeError(f"model.init: {path} cannot be loaded as a model of transformers or of mmssl: {reason}") from None
     if members := getattr(config, "members", None):
-        one = [*members][0]
+        one = next(iter(members))
         raise RecipeError(f"model.init: {path} takes {' and '.join(members)}; name the folder of one, such as {path}/{one}.")
     kind, takes = modality_of(model), TASKS[AUTO[recipe.task]].takes
     features: Any = kind.features

@@ -65,7 +65,7 @@ def paths(labels, frames, blank=0):
     """All sequences of so many frames that collapse to the labels."""
     found = [[]]
     for _ in range(frames):
-        found = [path + [token] for path in found for token in range(VOCABULARY)]
+        found = [[*path, token] for path in found for token in range(VOCABULARY)]
     collapsed = lambda path: [t for i, t in enumerate(path) if t != blank and (i == 0 or path[i - 1] != t)]  # noqa: E731
     return [path for path in found if collapsed(path) == labels]
 
