@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from mmssl.config import FinetuneRecipe
 from mmssl.errors import RecipeError
@@ -41,6 +42,8 @@ def load_model(recipe: FinetuneRecipe, **facts: Any) -> PreTrainedModel:
     register.auto_classes()
     path, auto = str(recipe.model.init), getattr(transformers, AUTO[recipe.task])
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")  # or a Space of the Hub is asked to convert the model
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what a new head lacks; what is wrong is told below
     try:
         with quiet():
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -60,6 +63,8 @@ def load_model(recipe: FinetuneRecipe, **facts: Any) -> PreTrainedModel:
             f"model.init: {path} cannot be loaded for {recipe.task}: {reason}"
             + (f" It can be used for {' or '.join(fitting)}." if fitting and recipe.task not in fitting else "")
         ) from None
+    finally:
+        logging.set_verbosity(shown)
     if recipe.model.random:
         model = untrained(model, recipe.train.seed)
     model.accepts_loss_kwargs = False  # type: ignore[assignment]  # what a Trainer counts is no divisor of a loss of transcripts

@@ -224,7 +224,7 @@ def on_cpu(recipe: FinetuneRecipe) -> bool:
 
 
 def training_arguments(recipe: FinetuneRecipe, samples: int, spoken: bool) -> TrainingArguments:
-    """Of the Trainer, for so many samples to learn from."""
+    """Of the Trainer, for so many samples to learn from. Its `dataloader_drop_last` would cut the test as well."""
     train, processes, cpu = recipe.train, launched(), on_cpu(recipe)
     share = train.global_batch // processes
     micro = train.micro_batch or share
@@ -258,7 +258,6 @@ def training_arguments(recipe: FinetuneRecipe, samples: int, spoken: bool) -> Tr
         log_level="error",
         remove_unused_columns=False,
         dataloader_num_workers=recipe.data.workers,
-        dataloader_drop_last=samples >= train.global_batch,
     )
 
 

@@ -105,7 +105,7 @@ def test_images_end_in_a_plain_model(encoders, image_folder, tmp_path, name):
     assert (status["state"], status["step"]) == ("finished", 4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in lines if "test/accuracy" in line] == [2, 4, 4]
+    assert [line["step"] for line in lines if "test/accuracy" in line] == [2, 4, 4]  # the last at the end
     model = transformers.AutoModelForImageClassification.from_pretrained(folder / "model").eval()
     assert type(model).__name__ == {"ours": "MmsslForImageClassification", "vit": "ViTForImageClassification"}[name]
     assert model.config.id2label == {0: "dark", 1: "light"}
@@ -291,7 +291,6 @@ def test_what_does_not_fit_the_model_is_refused(encoders, image_folder, spoken, 
     refused(
         "views.side=32", match=r"pixel_values \(2, 3, 32, 32\).*images of 16 pixels: set views\.side=16", model=vit, data=data
     )
-    refused("views.side=32", match=r"images of 16 pixels: set views\.side=16", model=ours, data=data)
     refused(match="^task: image-classification needs a model of pixel_values.* it is one for audio-classification or ctc",
             model=str(encoders / "voice"), data=data)  # fmt: skip
     refused("views.mixupp=1", match=r"views\.mixupp: unknown key \(did you mean mixup\?\)", model=vit, data=data)
@@ -333,10 +332,10 @@ def test_data_that_cannot_be_learned_from_are_refused(encoders, image_folder, sp
 def test_peft_and_a_beam_search_are_asked_for_if_they_are_missing(encoders, image_folder, spoken, tmp_path, monkeypatch):
     real = builtins.__import__
 
-    def missing(name, *rest):
+    def missing(name, *rest, **more):
         if name == "peft" or name.startswith("flashlight"):
             raise ModuleNotFoundError(name)
-        return real(name, *rest)
+        return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", missing)
     given = {"model": str(encoders / "vit"), "data": str(image_folder)}
