@@ -18,7 +18,8 @@ import numpy as np
 import soundfile
 
 from mmssl.random import generator
-from tools.results import DIGITS
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def strings(rows: datasets.Dataset, count: int, most: int, *key: int | str) -> datasets.Dataset:

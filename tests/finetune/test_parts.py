@@ -1,11 +1,16 @@
 """Parts of fine-tuning: losses, rates of blocks, characters, error rates, mixed batches."""
 
+import re
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
+from mmssl.config import FinetuneRecipe, checked_views, find_recipe, shipped_recipes
 from mmssl.config.finetune import CtcOptions
 from mmssl.errors import RecipeError
 from mmssl.finetune import ctc
@@ -15,6 +20,8 @@ from mmssl.model.configuration import MmsslConfig
 from mmssl.model.tasks import MmsslForImageClassification
 from tests.finetune.words import checked
 
+ROOT = Path(__file__).resolve().parents[2]
+VIEWS = {"image": "vision", "audio": "speech", "ctc": "speech", "sequence": "text"}
 SHAPE = {"hidden_size": 16, "image_size": 16, "patch_size": 4}
 
 
@@ -129,3 +136,21 @@ def test_padding_says_nothing():
     found = ctc.silenced(logits, torch.tensor([4, 1]), 0).argmax(-1)
     assert found.tolist() == [[2, 2, 2, 2], [2, 0, 0, 0]]
     assert ctc.silenced(logits, None, 0) is logits
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes(finetune=True) if name.startswith("finetune/")])
+def test_shipped_recipes_are_valid(name):
+    assert f"mmssl finetune {name} " in find_recipe(name).read_text(encoding="utf-8")
+    recipe = FinetuneRecipe.load(name, "model=MODEL", "data=DATA")
+    tune = import_module(f"modalities.{VIEWS[recipe.task.split('-')[0]]}.tune")
+    assert checked_views(tune.Inputs, recipe.views, "path").keys() >= recipe.views.keys()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/finetuning.md"])
+def test_command_lines_of_documents_are_understood(document):
+    lines = re.findall(
+        r"^(?:mmssl finetune|accelerate launch recipes/finetune\.py) ([^#\n]+)", (ROOT / document).read_text(), re.M
+    )
+    assert lines
+    for line in lines:
+        FinetuneRecipe.load(*line.split())

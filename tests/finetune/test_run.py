@@ -3,7 +3,9 @@
 import builtins
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -25,6 +27,7 @@ from modalities.text.tokenizer import train
 from tests.finetune.words import checked
 from tests.ranks import on_two_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 NEW = {"depth": 2, "heads": 2, "hidden_size": 16}
 CONVOLUTIONS = {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
@@ -130,6 +133,13 @@ def opened(folder):
     from PIL import Image
 
     return [Image.open(file) for file in sorted((folder / "test").glob("*/*.png"))]
+
+
+def test_the_lines_without_mmssl_finetune_work(encoders):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "finetuning.md").read_text(), re.DOTALL)
+    known = {"images": torch.randn(2, 3, 16, 16), "labels": torch.tensor([1, 9])}
+    exec(code.replace("runs/scans/model", str(encoders / "ours")), known)
+    assert 0 < known["loss"].item() < 5
 
 
 def test_a_run_goes_on_as_if_nothing_had_happened(encoders, image_folder, tmp_path, monkeypatch):
