@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mmssl.cli.options import parse
 
@@ -26,15 +27,28 @@ def run(arguments: list[str]) -> int:
     from mmssl.config import FinetuneRecipe
 
     recipe = FinetuneRecipe.load(given["recipe"], *given["overrides"])
-    from mmssl.distributed import rank
     from mmssl.finetune.run import finetune
 
-    folder: Path = finetune(recipe, given["overwrite"], given["resume"])
+    return finish(finetune(recipe, given["overwrite"], given["resume"]))
+
+
+def go_on(raw: dict[str, Any], where: str) -> int:
+    """`mmssl resume RUN` of such a run."""
+    from mmssl.config import FinetuneRecipe
+    from mmssl.finetune.run import finetune
+
+    return finish(finetune(FinetuneRecipe.check(raw, where), resume=True))
+
+
+def finish(folder: Path) -> int:
+    """Say where the model is and how good; the exit status."""
+    from mmssl.distributed import rank
+
     if rank():
         return 0
     file = folder / "results.json"
     if not file.is_file():
-        print("Stopped by a signal and saved. The same words with resume=true go on.")
+        print(f"Stopped by a signal and saved. Go on with: mmssl resume {folder}")
         return 0
     scores = json.loads(file.read_text())
     told = ", ".join(f"{name} {value:.1%}" for name, value in scores.items() if name != "loss")

@@ -52,9 +52,9 @@ class Codec:
         return self.tokenizer(self.clean(text)).input_ids
 
     def texts(self, ids: Tensor) -> list[str]:
-        """Of labels (B, n), -100 = padding."""
-        blank = self.tokenizer.pad_token_id
-        return self.tokenizer.batch_decode(ids.masked_fill(ids < 0, blank), group_tokens=False)
+        """Of labels (B, n), -100 = padding. A character that the vocabulary lacks is one that nothing equals."""
+        rows = self.tokenizer.batch_decode(ids.masked_fill(ids < 0, self.tokenizer.pad_token_id), group_tokens=False)
+        return [row.replace(UNKNOWN, "\ufffd") for row in rows]
 
     def read(self, logits: Tensor) -> list[str]:
         """Most probable transcripts: (B, L, V) logits, or for a greedy search (B, L) most probable ids of each frame."""

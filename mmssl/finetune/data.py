@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,18 @@ class Labelled(Dataset):
         if self.texts is None:
             return self.source.label_at(index)
         return transcript(self.texts, index)
+
+    def transcripts(self) -> list[str]:
+        """All that there are. Raises: RecipeError if there is none."""
+        found = []
+        for index in self.indices:
+            with suppress(Rejected):
+                found.append(str(self.label(index)))
+        if not found:
+            raise RecipeError("data.text: no recording to learn from has a transcript; fill the column, or name another.")
+        if len(found) < len(self):
+            print(f"mmssl: note: {len(self) - len(found)} recordings without a transcript are replaced.", file=sys.stderr)
+        return found
 
 
 def transcript(texts: Source, index: int) -> str:

@@ -102,7 +102,7 @@ def finetune(recipe: FinetuneRecipe, overwrite: bool = False, resume: bool = Fal
     sets, model, inputs, codec, kind = prepared(recipe)
     trained = restrict(model, recipe)
     args = training_arguments(recipe, len(sets.train), codec is not None)
-    folder = _opened(recipe, args.process_index == 0, overwrite, resume)
+    folder = _opened(recipe, args, overwrite, resume)
     folder.write_identity(recipe.dump(), sys.argv, sets.facts)
     follow = Follow(folder, sets.train)
     try:
@@ -127,15 +127,15 @@ def finetune(recipe: FinetuneRecipe, overwrite: bool = False, resume: bool = Fal
     return folder.path
 
 
-def _opened(recipe: FinetuneRecipe, main: bool, overwrite: bool, resume: bool) -> RunFolder:
+def _opened(recipe: FinetuneRecipe, args: TrainingArguments, overwrite: bool, resume: bool) -> RunFolder:
     """The run folder, made by the main process while the others wait. Raises: RecipeError, on all of them."""
     at, folder, error = Path(recipe.out), None, None
-    if main:
+    if args.process_index == 0:
         try:
             folder = _going_on(recipe) if resume else RunFolder.create(at, overwrite)
         except MmsslError as problem:  # the other ranks must hear of it
             error = problem
-    failed = float(all_sum(torch.tensor(float(error is not None))))
+    failed = float(all_sum(torch.tensor(float(error is not None), device=args.device)))
     if error is not None:
         raise error
     if failed:
@@ -170,8 +170,7 @@ def prepared(recipe: FinetuneRecipe) -> tuple[Sets, PreTrainedModel, Any, ctc.Co
     sets = open_sets(recipe, kind)
     codec = None
     if recipe.task == "ctc":
-        texts = (str(sets.train.label(index)) for index in sets.train.indices)
-        codec = ctc.Codec(ctc.character_tokenizer(texts, recipe.ctc), recipe.ctc)
+        codec = ctc.Codec(ctc.character_tokenizer(sets.train.transcripts(), recipe.ctc), recipe.ctc)
         size, blank = len(codec.tokenizer), codec.tokenizer.pad_token_id
         facts: dict[str, Any] = {"vocab_size": size, "pad_token_id": blank, "bos_token_id": None, "eos_token_id": None}
         facts |= {"ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
@@ -230,7 +229,7 @@ def training_arguments(recipe: FinetuneRecipe, samples: int, spoken: bool) -> Tr
     micro = train.micro_batch or share
     steps = train.steps or max(1, round((train.epochs or 1) * samples / train.global_batch))
     import_deepspeed()
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(Path(recipe.out) / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -259,6 +258,8 @@ def training_arguments(recipe: FinetuneRecipe, samples: int, spoken: bool) -> Tr
         remove_unused_columns=False,
         dataloader_num_workers=recipe.data.workers,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # or the Trainer would wrap the model in DataParallel
+    return args
 
 
 def _trainer(

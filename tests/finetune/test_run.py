@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mmssl.errors import RecipeError
+from mmssl.errors import NonFiniteError, RecipeError
 from mmssl.finetune import run as running
 from mmssl.finetune.run import finetune
 from mmssl.model.configuration import MmsslConfig
@@ -336,6 +336,13 @@ def test_data_that_cannot_be_learned_from_are_refused(encoders, image_folder, sp
     shutil.copytree(image_folder / "test" / "dark", other / "test" / "grey")
     refused(match=r"^data\.test: 1 of its classes \(grey\) have no sample in the split 'train'", model=model, data=str(other))
     silent = {"task": "ctc", "model": str(encoders / "voice"), "data": str(spoken)}
+    (empty := tmp_path / "empty").mkdir()
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_parquet(str(spoken / f"{split}.parquet")).remove_columns("text")
+        rows = rows.add_column("text", [" " for _ in rows])
+        rows.to_parquet(empty / f"{split}.parquet")
+    root = f"data.root={spoken}"
+    refused(root, match=r"^data\.text: no recording to learn from has a transcript", **{**silent, "data": str(empty)})
     refused("data.text=words", match=r"^data\.text: .* has no column of transcripts named words", **silent)
 
 
@@ -353,6 +360,14 @@ def test_peft_and_a_beam_search_are_asked_for_if_they_are_missing(encoders, imag
     assert not (tmp_path / "run").exists()
     voice = {"task": "ctc", "model": str(encoders / "voice"), "data": str(spoken)}
     refused("ctc.decoder=beam", match=r"^ctc\.decoder: beam needs flashlight-text", **voice)
+
+
+def test_a_run_that_diverges_says_so(encoders, image_folder, tmp_path):
+    words = ("optim.lr=1e30", "optim.warmup=0", "optim.clip=0", f"out={tmp_path / 'run'}")
+    with pytest.raises(NonFiniteError, match="Lower optim.lr"):
+        finetune(checked(*words, model=str(encoders / "ours"), data=str(image_folder)))
+    status = RunFolder.open(tmp_path / "run").read_status()
+    assert (status["state"], status["code"]) == ("failed", 4)
 
 
 def test_contradictions_are_told_at_once():
