@@ -150,7 +150,8 @@ def finetuning() -> str:
     tables.insert(0, [row for row in rows(FinetuneRecipe, "") if row.startswith("| `task`")])
     text += HEAD + "\n".join(row for table in tables for row in table) + "\n"
     for kind, name in {modality(kind).tune: kind for kind in modalities()}.items():
-        views: Any = create_model("Views", **options_of(importlib.import_module(str(kind)).Inputs, "path"))
+        options: Any = options_of(importlib.import_module(str(kind)).Inputs, "path")
+        views: Any = create_model("Views", **options)
         text += f"\n### views, fine-tuning on {name}\n\n{HEAD}" + "\n".join(rows(views, "views.")) + "\n"
     return text
 

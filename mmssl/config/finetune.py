@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, create_model, field_validator
 from mmssl.config.blocks import DataOptions, Options
 from mmssl.config.chosen import options_of
 from mmssl.config.messages import explain, told
-from mmssl.config.recipe import read_recipe, refused
+from mmssl.config.recipe import _block, read_recipe, refused
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -64,7 +64,7 @@ class TunedOptions(Options):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Of the model's config, such as hidden_dropout_prob, or mask_time_prob (SpecAugment)."
     )
-    lora: LoraOptions = Field(default_factory=LoraOptions)
+    lora: LoraOptions = _block(LoraOptions)
 
 
 class CtcOptions(Options):
@@ -129,14 +129,14 @@ class FinetuneRecipe(Options):
 
     task: Literal["image-classification", "audio-classification", "sequence-classification", "ctc"]
     out: str
-    data: LabelledOptions = Field(default_factory=LabelledOptions)
-    model: TunedOptions = Field(default_factory=TunedOptions)
+    data: LabelledOptions = _block(LabelledOptions)
+    model: TunedOptions = _block(TunedOptions)
     views: dict[str, Any] = Field(default_factory=dict)
-    optim: RateOptions = Field(default_factory=RateOptions)
-    train: LengthOptions = Field(default_factory=LengthOptions)
-    ctc: CtcOptions = Field(default_factory=CtcOptions)
-    watch: MeasuredOptions = Field(default_factory=MeasuredOptions)
-    save: KeptOptions = Field(default_factory=KeptOptions)
+    optim: RateOptions = _block(RateOptions)
+    train: LengthOptions = _block(LengthOptions)
+    ctc: CtcOptions = _block(CtcOptions)
+    watch: MeasuredOptions = _block(MeasuredOptions)
+    save: KeptOptions = _block(KeptOptions)
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> FinetuneRecipe:
@@ -187,7 +187,8 @@ class FinetuneRecipe(Options):
 
 def checked_views(make: Any, given: dict[str, Any], *skip: str) -> dict[str, Any]:
     """Options for a constructor, read from its signature. Raises: RecipeError that names all that is wrong."""
-    block: Any = create_model("Views", __base__=Options, **options_of(make, *skip))
+    options: Any = options_of(make, *skip)
+    block: Any = create_model("Views", __base__=Options, **options)
     try:
         found = block.model_validate(given)
     except ValidationError as error:

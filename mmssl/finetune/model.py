@@ -113,7 +113,7 @@ def _shared(recipe: FinetuneRecipe, facts: dict[str, Any]) -> PreTrainedModel:
             f"model.pooling: {recipe.model.pooling}, but {type(encoder).__name__} has its own way, and the shared transformer "
             "has another structure; leave it out."
         )
-    config = encoder.config
+    config: Any = encoder.config
     config.pooling = recipe.model.pooling
     _set_options(config, recipe.model_copy(update={"model": recipe.model.model_copy(update={"pooling": None})}), facts)
     model = TASKS[AUTO[recipe.task]](config)
@@ -164,7 +164,7 @@ def restrict(model: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
 def low_rank(model: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
     """With updates of low rank in place of its own. Raises: RecipeError if peft is missing."""
     try:
-        import peft
+        import peft  # type: ignore[import-not-found]  # optional
     except ImportError:
         raise RecipeError(
             "model.tune: lora needs peft, which is not installed: pip install 'mmssl[lora]', or set model.tune=full."

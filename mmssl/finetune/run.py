@@ -73,11 +73,12 @@ class Follow(TrainerCallback):
         if float(all_sum(torch.tensor(float(self.told > 0), device=args.device))):
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write. Raises: NonFiniteError."""
+        logs = logs or {}
         names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "epoch": "epoch"}
-        found = {name: logs[key] for key, name in names.items() if key in (logs or {})}
-        found |= {f"test/{k.removeprefix('eval_')}": v for k, v in (logs or {}).items() if k in SCORES}
+        found = {name: logs[key] for key, name in names.items() if key in logs}
+        found |= {f"test/{k.removeprefix('eval_')}": v for k, v in logs.items() if k in SCORES}
         if {*found} - {"epoch"}:
             self.folder.log_metrics({"step": state.global_step, **found})
         if not math.isfinite(found.get("loss", 0.0)):
@@ -190,7 +191,8 @@ def kind_of(recipe: FinetuneRecipe) -> Modality:
     path = str(recipe.model.init)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model: Any = SimpleNamespace(config=config, main_input_name=MODEL_MAPPING[type(config)].main_input_name)
+        bare: Any = MODEL_MAPPING[type(config)]
+        model: Any = SimpleNamespace(config=config, main_input_name=bare.main_input_name)
     except Exception as error:  # the readers of the many kinds of files raise almost anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RecipeError(f"model.init: {path} cannot be loaded as a model of transformers or of mmssl: {reason}") from None

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
     CausalLMOutput,
     ImageClassifierOutput,
     MaskedLMOutput,
@@ -20,6 +19,11 @@ from transformers.modeling_outputs import (
 from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
+
+
+def linear(config: Any) -> nn.Linear:
+    """From the encoder's width to as many logits as there are classes."""
+    return nn.Linear(config.hidden_size, config.num_labels)
 
 
 class MmsslTask(PreTrainedModel):
@@ -61,7 +65,7 @@ class MmsslTask(PreTrainedModel):
             raise ValueError(f"{encoder.config.backbone} has no feature encoder")
         encoder.features.requires_grad_(False)
 
-    def _tokens(self, out: BaseModelOutputWithPooling) -> Tensor:
+    def _tokens(self, out: Any) -> Tensor:
         """(B, L, D) content only, extra tokens removed."""
         encoder: Any = self.mmssl.encoder
         if isinstance(encoder, Backbone):
@@ -81,7 +85,7 @@ class MmsslClassifier(MmsslTask):
     def __init__(self, config: MmsslConfig):
         super().__init__(config)
         self.loss_type, self.num_labels = "ForSequenceClassification", config.num_labels
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = linear(config)
         self.post_init()
 
     def classify(self, labels: Tensor | None, **inputs: Any) -> Any:
@@ -157,7 +161,7 @@ class MmsslForTokenClassification(MmsslTask):
     def __init__(self, config: MmsslConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = linear(config)
         self.post_init()
 
     def forward(

@@ -53,7 +53,7 @@ class Inputs:
             self.processor.size = {"shortest_edge": side}
             self.processor.crop_size = {"height": side, "width": side}
         self.side = processed_side(self.processor) or 224
-        crop = [] if tuple(scale) == (1.0, 1.0) else [v2.RandomResizedCrop(self.side, tuple(scale), antialias=True)]
+        crop = [] if tuple(scale) == (1.0, 1.0) else [v2.RandomResizedCrop(self.side, (scale[0], scale[1]), antialias=True)]
         changes = [v2.RandAugment(randaugment, magnitude)] if randaugment else []
         self.change = v2.Compose([*crop, v2.RandomHorizontalFlip(flip), *changes])
         self.erase = v2.RandomErasing(erase) if erase else None

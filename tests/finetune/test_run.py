@@ -364,7 +364,7 @@ def test_peft_and_a_beam_search_are_asked_for_if_they_are_missing(encoders, imag
 
 def test_a_run_that_diverges_says_so(encoders, image_folder, tmp_path):
     words = ("optim.lr=1e30", "optim.warmup=0", "optim.clip=0", f"out={tmp_path / 'run'}")
-    with pytest.raises(NonFiniteError, match="Lower optim.lr"):
+    with pytest.raises(NonFiniteError, match=r"Lower optim\.lr"):
         finetune(checked(*words, model=str(encoders / "ours"), data=str(image_folder)))
     status = RunFolder.open(tmp_path / "run").read_status()
     assert (status["state"], status["code"]) == ("failed", 4)
