@@ -94,9 +94,9 @@ TUNED = {
     ),
     "finetune-digits": Tuned(
         "finetune/ctc",
-        "speech-wav2vec2",
+        "longer-spectrogram-tera",
         "fsdd-strings",
-        ("train.epochs=10", "optim.lr=1e-3", "model.freeze_features=false", "views.speed=[]"),
+        ("train.epochs=12", "optim.lr=1e-3", "model.freeze_features=false", "views.speed=[]", "model.options.frames=400"),
         "cer",
     ),
 }

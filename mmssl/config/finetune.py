@@ -140,8 +140,15 @@ class FinetuneRecipe(Options):
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> FinetuneRecipe:
-        """Read and check a file, or a shipped recipe by name, with `key.sub=value` words. Raises: RecipeError."""
-        return cls.check(read_recipe(path, *overrides), str(path))
+        """Read and check a file, or a shipped recipe by name, with `key.sub=value` words. Raises: RecipeError.
+
+        Steps in place of the file's epochs need no word that takes these away, nor the other way round.
+        """
+        raw, given = read_recipe(path, *overrides), {word.partition("=")[0] for word in overrides}
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if f"train.{one}" in given and f"train.{other}" not in given and isinstance(raw.get("train"), dict):
+                raw["train"].pop(other, None)
+        return cls.check(raw, str(path))
 
     @classmethod
     def check(cls, raw: dict[str, Any], where: str = "recipe") -> FinetuneRecipe:

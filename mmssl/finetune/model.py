@@ -53,6 +53,7 @@ def load_model(recipe: FinetuneRecipe, **facts: Any) -> PreTrainedModel:
             else:
                 how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "weights_only": True}
                 model, told = auto.from_pretrained(path, config=config, trust_remote_code=False, **how)
+                _compute_tables(model, told)
                 _check_whole(model, told, path)
     except RecipeError:
         raise
@@ -119,6 +120,17 @@ def _shared(recipe: FinetuneRecipe, facts: dict[str, Any]) -> PreTrainedModel:
     model = TASKS[AUTO[recipe.task]](config)
     model.mmssl.load_state_dict(encoder.state_dict())
     return model
+
+
+def _compute_tables(model: PreTrainedModel, told: dict[str, Any]) -> None:
+    """Fixed positions for inputs of another length than the encoder had, by an option of its config, are computed anew."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith("positions.table")}
+    odd = [entry for entry in told["mismatched_keys"] if entry[0] in buffers]
+    if odd:
+        fresh = dict(type(model)(model.config).named_buffers())
+        for entry in odd:
+            buffers[entry[0]].copy_(fresh[entry[0]])
+    told["mismatched_keys"] = [entry for entry in told["mismatched_keys"] if entry not in odd]
 
 
 def _check_whole(model: PreTrainedModel, told: dict[str, Any], path: str) -> None:

@@ -142,6 +142,7 @@ def test_padding_says_nothing():
 def test_shipped_recipes_are_valid(name):
     assert f"mmssl finetune {name} " in find_recipe(name).read_text(encoding="utf-8")
     recipe = FinetuneRecipe.load(name, "model=MODEL", "data=DATA")
+    assert FinetuneRecipe.load(name, "model=MODEL", "data=DATA", "train.steps=5").train.epochs is None
     tune = import_module(f"modalities.{VIEWS[recipe.task.split('-')[0]]}.tune")
     assert checked_views(tune.Inputs, recipe.views, "path").keys() >= recipe.views.keys()
 
