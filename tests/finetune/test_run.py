@@ -181,6 +181,24 @@ def test_a_head_alone_leaves_the_encoder_as_it_was(encoders, image_folder, tmp_p
     assert json.loads((folder / "data.json").read_text())["train"]["learned"] == 8
 
 
+def test_fixed_positions_grow_with_the_input(encoders, image_folder):
+    words = ("views.side=32", "model.options.image_size=32")
+    _, model, *_ = running.prepared(checked(*words, model=str(encoders / "ours"), data=str(image_folder)))
+    (table,) = [buffer for name, buffer in model.named_buffers() if name.endswith("positions.table")]
+    assert_close(table, MmsslModel(MmsslConfig(**NEW, image_size=32, patch_size=4)).encoder.positions.table, rtol=0, atol=0)
+
+
+def test_updates_of_low_rank_are_merged_at_the_end(encoders, image_folder, tmp_path):
+    pytest.importorskip("peft")
+    words = ("model.tune=lora", f"out={tmp_path / 'run'}")
+    folder = finetune(checked(*words, model=str(encoders / "vit"), data=str(image_folder)))
+    before, after = load_file(encoders / "vit" / "model.safetensors"), weights(folder)
+    assert not [name for name in after if "lora" in name]
+    moved = {name for name in before if f"vit.{name}" in after and not torch.equal(before[name], after[f"vit.{name}"])}
+    assert moved
+    assert all(name.endswith("weight") and "norm" not in name for name in moved)
+
+
 def test_a_random_start_has_the_shape_and_nothing_else(encoders, image_folder, tmp_path):
     given = {"model": str(encoders / "vit"), "data": str(image_folder)}
     words = ("train.steps=1", "optim.lr=1e-9", "optim.weight_decay=0")
