@@ -26,7 +26,7 @@ FLOORS = [
     ["data"],
     ["hub"],
     ["evaluate"],
-    ["training"],
+    ["training", "report"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
