@@ -12,6 +12,7 @@ from mmssl.cli.options import parse
 from mmssl.errors import RecipeError
 
 OPTIONS = {
+    "pictures": (bool, False, "draw again what RUN/model makes of the data: feature maps, attention, neighbours, t-SNE, ..."),
     "open": (bool, False, "open it in the browser"),
     "out": (Path, None, "file of a page about several runs; runs.html if unset"),
 }
@@ -25,6 +26,11 @@ def run(arguments: list[str]) -> int:
         raise RecipeError("out: the report of one run is report/index.html in its folder; leave out=FILE away.")
     from mmssl import report
 
+    if given["pictures"]:
+        from mmssl.report import figures
+
+        for each in runs:
+            figures.draw(each)
     path = report.write(runs[0]) if len(runs) == 1 else report.compare(runs, given["out"] or Path("runs.html"))
     print(path)
     if given["open"]:

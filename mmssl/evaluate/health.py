@@ -47,14 +47,14 @@ def of_outputs(features: Tensor) -> dict[str, float]:
 
     Args:
         features: (B, D) of this rank.
-    Returns: output_std, how much they differ once each has length 1 (1 if they point everywhere, 0 if all are alike);
-        output_dimensions, the participation ratio of their covariance; output_dead, the share of dimensions that hardly
-        differ. The last two are left out where all are alike.
+    Returns: output_std, their distance from the mean of all as a share of their length, roots of mean squares (0 if all are
+        alike, 1 if they have nothing in common); output_dimensions, the participation ratio of their covariance;
+        output_dead, the share of dimensions that hardly differ. The last two are left out where all are alike.
     """
     if len(features) < LEAST:
         return {}
     rows = at_least_fp32(features)
-    spread = collapse.dimension_std(unit_rows(rows)) * rows.shape[1] ** 0.5
+    spread = float((rows - rows.mean(0)).norm() / rows.norm().clamp(min=torch.finfo(rows.dtype).tiny))
     if not spread > ALIKE:
         return {"output_std": spread}
     return {"output_std": spread, "output_dimensions": float(participation(rows)), "output_dead": collapse.channels(rows).dead}

@@ -16,6 +16,7 @@ class Normal(NamedTuple):
     above: str = ""
     # Healthy networks may begin below `least`. With a floor, what lies between the two is an alarm only if it has halved since.
     floor: float | None = None
+    by: float = math.inf  # updates after which it is one all the same
     after: int = 0  # updates before which it is not judged
 
     def told(self, value: float, first: float | None, step: float, dim: int) -> str | None:
@@ -31,7 +32,7 @@ class Normal(NamedTuple):
             return self._words(self.above, value, dim, f"normal below {self.most:g}")
         begun = ""
         if self.floor is not None and first is not None and not value < self.floor:
-            if value > first / 2:
+            if value > first / 2 and step < self.by:
                 return None
             begun = f", {first:.3g} at the start"
         return self._words(self.below, value, dim, f"normal above {self.least:g}{begun}")
@@ -47,10 +48,10 @@ NORMAL = (
     Normal("output_dimensions", 1.5, "collapsed: {value:.1f} of {dim} dimensions carry everything", floor=1.01),
     Normal("output_dead", 0.0, "", 0.3, "collapsing: {value:.0%} of the {dim} dimensions are dead, the same for all samples"),
     # Of joint embedding: projections.
-    Normal("unit_std", 0.1, "collapsed: embeddings hardly differ between samples"),
-    Normal("dimensions", 1.5, "collapsed: embeddings differ in one direction only"),
+    Normal("unit_std", 0.1, "collapsed: embeddings hardly differ between samples", floor=1e-3, by=200),
+    Normal("dimensions", 1.5, "collapsed: embeddings differ in one direction only", floor=1.01, by=200),
     # Of masked and predictive methods: predictions, whose heads may begin small, what they see, and what they aim at.
-    Normal("prediction_std", 0.02, "the same prediction everywhere", floor=0.002),
+    Normal("prediction_std", 0.02, "the same prediction everywhere", floor=0.002, by=1000),
     Normal("encoder_std", 0.02, "collapsed: all tokens are alike"),
     Normal("feature_std", 0.02, "collapsed: the feature encoder says the same of all tokens", floor=0.002),
     Normal("target_std", 0.1, "collapsed: targets hardly differ between places and samples"),

@@ -14,19 +14,21 @@ COLOURS = 6  # of the page
 SCALE = 50.0  # largest over smallest value from which on the axis is logarithmic
 
 
-def chart(curves: Mapping[str, Curve], percent: bool = False, height: int = HEIGHT) -> str:
+def chart(curves: Mapping[str, Curve], percent: bool = False, height: int = HEIGHT, powers: bool = False) -> str:
     """A figure with a legend: what each curve is called, and its last value.
 
     Args:
         curves: name -> steps and values. None is a gap in the curve and a mark at the foot; nothing is drawn for it.
         percent: whether values are shares.
+        powers: whether the axis may be logarithmic.
     """
     known = [value for curve in curves.values() for _, value in curve if value is not None]
     steps = [step for curve in curves.values() for step, _ in curve]
     if not known:
         return '<p class="note">Nothing was measured yet.</p>'
+    wide = powers and min(known) > 0 and max(known) > SCALE * min(known)
     x = Axis(min(steps), max(steps), LEFT, WIDTH - RIGHT)
-    y = Axis(min(known), max(known), height - BOTTOM, TOP, logarithmic=min(known) > 0 and max(known) > SCALE * min(known))
+    y = Axis(min(known), max(known), height - BOTTOM, TOP, wide)
     told = "; ".join(f"{name} {_span(curve, percent)}" for name, curve in curves.items())
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(told)}"><title>{escape(told)}</title>']
     for value in y.ticks(4):
@@ -34,7 +36,8 @@ def chart(curves: Mapping[str, Curve], percent: bool = False, height: int = HEIG
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 4}" y="{at}" dy="4" text-anchor="end">{number(value, percent)}</text>')
     for value in x.ticks(4):
-        parts.append(f'<text x="{x(value):.1f}" y="{height - 5}" text-anchor="middle">{value:g}</text>')
+        anchor = "end" if x(value) > WIDTH - RIGHT - 12 else "middle"  # what is at the edge stays within
+        parts.append(f'<text x="{x(value):.1f}" y="{height - 5}" text-anchor="{anchor}">{value:g}</text>')
     for place, curve in enumerate(curves.values()):
         parts += _drawn(curve, x, y, f"c{place % COLOURS}", height)
     legend = "".join(

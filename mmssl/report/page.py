@@ -22,6 +22,11 @@ LISTED = 20  # entries of a list that is shown in part
 SMALL = 110  # pixels, height of a chart of health
 LARGEST = 4 << 20  # bytes of a picture that is put into the page
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser loads nothing, whatever stands below
+REBUILT = (
+    "Samples of the split that probes classify, or of the one that is learned from, under the same masks each time. From top "
+    "to bottom: as they are; what was seen of them, or instead of them; what was made of the rest (of text: right guesses in "
+    "green)."
+)
 TITLES = {
     "rebuilt": "What was hidden, and what was made of it",
     "patches": "Feature maps",
@@ -52,12 +57,12 @@ def page(record: Record, differing: Mapping[str, Any] | None) -> str:
     several = record.members != [""]
     body = [_head(record)]
     whole = {"loss": record.curve("loss")} if several else _terms(record, "")
-    body.append(f'<h2>Curves</h2><div class="two">{_figure("Loss", chart(whole))}')
+    body.append(f'<h2>Curves</h2><div class="two">{_figure("Loss", chart(whole, powers=True))}')
     body.append("" if several else _probes(record, ""))
     body.append(f"{_figure('Learning rate', chart({'lr': record.curve('lr')}))}</div>{_missing(record)}")
     for member in record.members:
         if several:
-            terms, probes = _figure("Loss", chart(_terms(record, member))), _probes(record, member)
+            terms, probes = _figure("Loss", chart(_terms(record, member), powers=True)), _probes(record, member)
             body.append(f'<h2>{escape(member)}</h2><div class="two">{terms}{probes}</div>')
         body += [_pictures(record, member), _health(record, member)]
     return document(f"{record.path.name}: {_state(record)}", [*body, _data(record), _use(record), _config(record, differing)])
@@ -81,7 +86,7 @@ def comparison(records: Sequence[Record], differing: Sequence[Mapping[str, Any] 
     for metric in [*metrics, "lr"]:
         curves = {name: record.curve(metric) for name, record in zip(names, records, strict=True) if record.curve(metric)}
         if metric in ("loss", "lr") or len(curves) > 1:
-            body.append(_figure(metric, chart(curves, percent=metric.startswith("probe/"))))
+            body.append(_figure(metric, chart(curves, metric.startswith("probe/"), powers=metric.startswith("loss"))))
     flat = [_flat(one) for one in differing if one is not None]
     if len(flat) == len(records):
         keys = [key for key in dict.fromkeys(k for one in flat for k in one) if len({str(one.get(key)) for one in flat}) > 1]
@@ -133,7 +138,7 @@ def _terms(record: Record, member: str) -> dict[str, list[tuple[int, float | Non
     """Loss and its terms; only the latter of a member."""
     names = record.names("loss", member)
     names = [] if len(names) == 1 and not member else names  # the sum says the same
-    return {name: record.curve(name) for name in [*([] if member else ["loss"]), *names]}
+    return {_short(name, "loss", member): record.curve(name) for name in [*([] if member else ["loss"]), *names]}
 
 
 def _probes(record: Record, member: str) -> str:
@@ -162,12 +167,12 @@ def _health(record: Record, member: str) -> str:
             told.append((line.get("step", 0), said))
     rows = "".join(f"<li>from step {step}: {escape(said)}</li>" for step, said in told[-LISTED:])
     charts = "".join(
-        _figure(_short(name, "health", member), chart({"": record.curve(name)}, height=SMALL))
+        f"<figure>{chart({_short(name, 'health', member): record.curve(name)}, height=SMALL)}</figure>"
         for name in record.names("health", member)
     )
-    first = member == record.members[0]
+    first, level = member == record.members[0], "h3" if member else "h2"
     return (
-        "<h2>Health</h2>"
+        f"<{level}>Health</{level}>"
         + (f"<ul>{rows}</ul>" if first and rows else "")
         + (f'<details><summary>All metrics of health</summary><div class="three">{charts}</div></details>' if charts else "")
     )
@@ -186,7 +191,8 @@ def _pictures(record: Record, member: str) -> str:
             steps = f"step {shown[0].step}"
             drawn += f"<details><summary>The same at {steps}</summary>{_embedded(shown[0], TITLES.get(kind, kind))}</details>"
         parts.append(_figure(TITLES.get(kind, kind), drawn))
-    return f'<h2>Pictures</h2><div class="two">{"".join(parts)}</div>'
+    level = "h3" if member else "h2"
+    return f'<{level}>Pictures</{level}><div class="wide">{"".join(parts)}</div>'
 
 
 def _member(what: str, members: Sequence[str]) -> str:
@@ -195,7 +201,7 @@ def _member(what: str, members: Sequence[str]) -> str:
 
 def _embedded(picture: Picture, title: str) -> str:
     """A picture within the page, as large as it is; a phone scrolls it sideways."""
-    caption = picture.caption or f"At step {picture.step}."
+    caption = picture.caption or f"{REBUILT if picture.what.endswith('rebuilt') else ''} At step {picture.step}.".strip()
     try:
         data = picture.path.read_bytes()
         width = int.from_bytes(data[16:20], "big")
@@ -231,9 +237,11 @@ def _use(record: Record) -> str:
     parts = ["<h2>Use</h2>"]
     if record.commands:
         parts.append(f"<h3>Started with</h3><pre>{escape(chr(10).join(record.commands))}</pre>")
-    done = record.state == "finished"
-    note = "It has ended; more steps are another run, from its model." if done else "Goes on from the newest whole checkpoint."
-    parts.append(f"<h3>Resume</h3><pre>mmssl resume {escape(where)}</pre><p class='note'>{note}</p>")
+    if record.state == "finished":
+        parts.append(f'<p class="note">It has ended. To train on from its weights: model.init={escape(where)}/model</p>')
+    else:
+        note = "Goes on from the newest whole checkpoint."
+        parts.append(f'<h3>Resume</h3><pre>mmssl resume {escape(where)}</pre><p class="note">{note}</p>')
     code = re.search(r"```python\n(.*?)```", record.card, re.S)
     if code:
         loaded = code[1].replace("PATH", str(record.path / "model"))

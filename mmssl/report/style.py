@@ -44,6 +44,7 @@ p{margin:6px 0}
 .bad{color:var(--bad)}
 .two,.three{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
 .three{grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}
+.wide{display:grid;gap:20px;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 figure{margin:0;min-width:0}
 .scroll{overflow-x:auto}
 .scroll img{display:block;max-width:none;background:#fff;border:1px solid var(--line)}
@@ -54,7 +55,8 @@ svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 .missing{stroke:var(--bad);fill:none}
 .legend{list-style:none;margin:2px 0 0;padding:0;display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.85rem}
 .legend i{display:inline-block;width:12px;height:3px;margin-right:5px;vertical-align:middle}
-pre{background:var(--box);border:1px solid var(--line);border-radius:6px;padding:10px;overflow-x:auto;
+td:first-child{white-space:nowrap}
+pre{white-space:pre-wrap;background:var(--box);border:1px solid var(--line);border-radius:6px;padding:10px;overflow-x:auto;
 font-size:.85rem;margin:6px 0}
 table{border-collapse:collapse;font-size:.9rem;width:100%}
 td,th{text-align:left;padding:3px 10px 3px 0;border-bottom:1px solid var(--line);vertical-align:top}

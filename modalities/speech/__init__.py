@@ -3,6 +3,7 @@
 from mmssl.registry import Modality
 from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.speech.features import SpeechFeatures
+from modalities.speech.picture import sketch
 from modalities.speech.processor import plain_views, processor
 from modalities.speech.views import SpeechViews
 
@@ -58,4 +59,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     native="modalities.speech.convert",
+    sketch=sketch,
 )

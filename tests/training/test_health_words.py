@@ -3,8 +3,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmssl.cli import status
 from mmssl.config import Recipe
@@ -24,14 +26,26 @@ METHOD = {
 }
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Forty-eight images of coarse coloured patterns, in two splits."""
+    folder, draws = tmp_path_factory.mktemp("patterns"), np.random.default_rng(0)
+    for i in range(48):
+        place = folder / ("train" if i % 3 else "test")
+        place.mkdir(exist_ok=True)
+        coarse = Image.fromarray(draws.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((24, 24), Image.Resampling.BICUBIC).save(place / f"{i}.png")
+    return folder
+
+
 @pytest.fixture
-def recipe(image_folder, tmp_path):
+def recipe(images, tmp_path):
     """Function: method and overrides -> a recipe of fifty updates."""
 
     def build(name, *overrides):
         path = tmp_path / "recipe.yaml"
         path.write_text(
-            f"data: {{path: {image_folder}, modality: vision, workers: 0}}\n{MODEL}"
+            f"data: {{path: {images}, modality: vision, workers: 0}}\n{MODEL}"
             f"method: {METHOD[name].replace('CROPS', CROPS)}\n"
             "train: {steps: 50, global_batch: 16, device: cpu}\nwatch: {samples: 20, every: 0}\n"
         )
@@ -93,8 +107,8 @@ def test_planted_collapses_are_named_within_fifty_updates(name, fault, recipe, t
 def test_one_prototype_that_takes_all_is_named(name, part, recipe, trained):
     def plant(run):
         method, first = run.objective.method, torch.zeros(32).index_fill_(0, torch.tensor([3]), 100.0)
-        for module in method.modules():
-            if type(module).__name__ == "Prototypes":
+        for module in (*method.modules(), *method.teacher.network.modules()):
+            if type(module).__name__ in ("Prototypes", "DinoHead"):
                 module.register_forward_hook(lambda module, given, out: out + first)
         if name == "dino":
             method.center.update = lambda scores: None
@@ -105,7 +119,7 @@ def test_one_prototype_that_takes_all_is_named(name, part, recipe, trained):
 
 @pytest.mark.parametrize("name", [*METHOD])
 def test_healthy_runs_raise_no_alarm(name, recipe, trained):
-    lines = told(trained(recipe(name, "train.log_every=1", "optim.lr=1e-3")))
+    lines = told(trained(recipe(name, "train.log_every=5", "optim.lr=1e-3")))
     assert {line["verdict"] for line in lines} == {"healthy"}
     assert {"health/output_std", "health/output_dimensions", "health/output_dead"} <= {*lines[0]}
 
@@ -124,6 +138,7 @@ def test_what_begins_small_is_judged_by_how_it_began():
     assert normal.told(0.02, 0.05, 10, 8) == "small in 8 (x_std 0.02, normal above 0.1, 0.05 at the start)"
     assert normal.told(0.0001, 0.0001, 10, 8) == "small in 8 (x_std 0.0001, normal above 0.1)"
     assert normal.told(0.05, None, 10, 8) == "small in 8 (x_std 0.05, normal above 0.1)"
+    assert normal._replace(by=10).told(0.05, 0.05, 10, 8) == "small in 8 (x_std 0.05, normal above 0.1, 0.05 at the start)"
     assert normal._replace(after=11).told(0.0, None, 10, 8) is None
     assert normal.told(math.nan, 0.05, 10, 8) == "small in 8 (x_std nan, normal above 0.1, 0.05 at the start)"
 
@@ -135,7 +150,7 @@ def test_outputs_in_numbers():
     assert found["output_dimensions"] == pytest.approx(8.0, abs=0.1)
     assert found["output_dead"] == 0.0
     assert of_outputs(rows * torch.tensor([3.0] * 2 + [0.0] * 6)) == pytest.approx(
-        {"output_std": 0.5, "output_dimensions": 2.0, "output_dead": 0.75}, abs=0.01
+        {"output_std": 1.0, "output_dimensions": 2.0, "output_dead": 0.75}, abs=0.01
     )
     assert of_outputs(rows[:1].expand(10, 8)) == {"output_std": pytest.approx(0.0, abs=1e-12)}
     assert of_outputs(rows[:3]) == {}
