@@ -194,7 +194,7 @@ class WatchOptions(Options):
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
     pictures: bool = Field(
         True,
-        description="Draw feature maps, attention and neighbours of some samples for the report when `mmssl pretrain` has ended.",
+        description="Draw feature maps, attention and neighbours of some samples when `mmssl pretrain` has ended.",
     )
     guard: dict[str, float] = Field(
         default_factory=dict,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 from mmssl import report
 from mmssl.cli import main
+from mmssl.methods import METHODS
+from mmssl.methods.normal import NORMAL
 from mmssl.report.curves import Axis, chart, pieces, thinned
 from mmssl.report.page import comparison, page
 from mmssl.report.record import read
@@ -244,3 +247,9 @@ def test_a_browser_finds_nothing_wrong(run, tmp_path):
     )
     assert "Health" in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_the_documents_name_every_metric_that_is_judged():
+    told = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    judged = {normal.metric for kind in METHODS.values() for normal in (*NORMAL, *kind.normal)}
+    assert not {metric for metric in judged if f"`{metric}`" not in told}

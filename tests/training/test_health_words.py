@@ -84,7 +84,7 @@ def half_dead(x):
 
 FAULTS = {
     "constant": (constant, "collapsed: all outputs are alike (output_std "),
-    "rank one": (rank_one, "collapsed: 1.0 of 16 dimensions carry everything (output_dimensions 1, normal above 1.5"),
+    "rank one": (rank_one, "collapsed: 1.0 of 16 dimensions carry everything (output_dimensions 1, normal above 1.2"),
     "half dead": (
         half_dead,
         "collapsing: 50% of the 16 dimensions are dead, the same for all samples (output_dead 0.5, normal",
@@ -117,7 +117,7 @@ def test_one_prototype_that_takes_all_is_named(name, part, recipe, trained):
     assert all("takes all" in said and f"({part} " in said for said in verdicts), verdicts
 
 
-@pytest.mark.parametrize("name", [*METHOD])
+@pytest.mark.parametrize("name", ["simclr", "mae", "msn"])  # as of the others, see test_ablations.py
 def test_healthy_runs_raise_no_alarm(name, recipe, trained):
     lines = told(trained(recipe(name, "train.log_every=5", "optim.lr=1e-3")))
     assert {line["verdict"] for line in lines} == {"healthy"}
