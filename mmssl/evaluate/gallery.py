@@ -21,14 +21,14 @@ def attended(encoder: Encoder, view: View) -> tuple[Encoded, Tensor]:
     Returns: its tokens, and (B, L) weights of the content tokens as keys, a mean over heads and, where there is no cls, over
         the queries that are not padding. A row sums to 1, or less where cls and registers are looked at as well.
     """
-    seen: list[tuple[Tensor, Tensor | None]] = []
+    seen: list[Any] = []  # what the layer was called with
     last: Any = encoder.transformer.blocks[-1]
-    handle = last.attn.register_forward_pre_hook(lambda module, given: seen.append((*given, None)[:2]))
+    handle = last.attn.register_forward_pre_hook(lambda module, given: seen.append(given))
     try:
         encoded = encoder(view)
     finally:
         handle.remove()
-    x, bias = seen[0]
+    x, bias = (*seen[0], None)[:2]
     weights, extra = _weights(last.attn, x, bias).mean(1), encoder.transformer.extra_tokens  # (B, E + L, E + L)
     if extra:
         return encoded, weights[:, 0, extra:]
