@@ -20,8 +20,8 @@ OPTIONS = {
 
 def run(arguments: list[str]) -> int:
     """`mmssl view RUN`."""
-    runs = [word for word in arguments if not word.startswith("--") and "=" not in word]
-    given = parse([word for word in arguments if word not in runs[1:]], ("RUN",), OPTIONS)
+    given = parse(arguments, ("RUN...",), OPTIONS)
+    runs = given["run"]
     if len(runs) == 1 and given["out"]:
         raise RecipeError("out: the report of one run is report/index.html in its folder; leave out=FILE away.")
     from mmssl import report

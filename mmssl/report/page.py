@@ -31,10 +31,10 @@ TITLES = {
     "rebuilt": "What was hidden, and what was made of it",
     "patches": "Feature maps",
     "attention": "Where the last layer looks",
-    "neighbours": "Nearest neighbours",
     "map": "Map of the features",
     "similarity": "Similarity of pairs",
     "spectrum": "Singular values of the features",
+    "neighbours": "Nearest neighbours",
 }
 
 
@@ -59,12 +59,12 @@ def page(record: Record, differing: Mapping[str, Any] | None) -> str:
     whole = {"loss": record.curve("loss")} if several else _terms(record, "")
     body.append(f'<h2>Curves</h2><div class="two">{_figure("Loss", chart(whole, powers=True))}')
     body.append("" if several else _probes(record, ""))
-    body.append(f"{_figure('Learning rate', chart({'lr': record.curve('lr')}))}</div>{_missing(record)}")
+    body.append(f"{_figure('Learning rate', chart({'lr': record.curve('lr')}))}</div>{_missing(record)}{_verdicts(record)}")
     for member in record.members:
         if several:
             terms, probes = _figure("Loss", chart(_terms(record, member), powers=True)), _probes(record, member)
             body.append(f'<h2>{escape(member)}</h2><div class="two">{terms}{probes}</div>')
-        body += [_pictures(record, member), _health(record, member)]
+        body += [_metrics(record, member), _pictures(record, member)]
     return document(f"{record.path.name}: {_state(record)}", [*body, _data(record), _use(record), _config(record, differing)])
 
 
@@ -158,24 +158,29 @@ def _missing(record: Record) -> str:
     return f'<p class="bad">No update was applied in the lines of steps {some}: their loss is missing, and left out above.</p>'
 
 
-def _health(record: Record, member: str) -> str:
-    """The verdicts as they changed, and the metrics that they are about."""
+def _verdicts(record: Record) -> str:
+    """What was said of health, each time that other things were said."""
     told: list[tuple[int, str]] = []
     for line in record.lines:
         said = line.get("verdict")
-        if said is not None and (not told or told[-1][1] != said):
+        if said is not None and (not told or _bare(told[-1][1]) != _bare(said)):
             told.append((line.get("step", 0), said))
     rows = "".join(f"<li>from step {step}: {escape(said)}</li>" for step, said in told[-LISTED:])
+    return f"<h2>Health</h2><ul>{rows}</ul>" if rows else ""
+
+
+def _bare(verdict: str) -> str:
+    """Without its numbers."""
+    return re.sub(r"[\d.%]+| \(.*?\)", "", verdict)
+
+
+def _metrics(record: Record, member: str) -> str:
+    """All that is measured of health."""
     charts = "".join(
         f"<figure>{chart({_short(name, 'health', member): record.curve(name)}, height=SMALL)}</figure>"
         for name in record.names("health", member)
     )
-    first, level = member == record.members[0], "h3" if member else "h2"
-    return (
-        f"<{level}>Health</{level}>"
-        + (f"<ul>{rows}</ul>" if first and rows else "")
-        + (f'<details><summary>All metrics of health</summary><div class="three">{charts}</div></details>' if charts else "")
-    )
+    return f'<details><summary>Metrics of health</summary><div class="three">{charts}</div></details>' if charts else ""
 
 
 def _pictures(record: Record, member: str) -> str:
@@ -183,8 +188,9 @@ def _pictures(record: Record, member: str) -> str:
     if not found:
         return ""
     parts = []
-    for what, shown in found.items():
-        kind = what.removeprefix(f"{member}-") if member else what
+    kinds = {what.removeprefix(f"{member}-") if member else what: shown for what, shown in found.items()}
+    order = [*TITLES]
+    for kind, shown in sorted(kinds.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)):
         newest = shown[-1]
         drawn = _embedded(newest, TITLES.get(kind, kind))
         if len(shown) > 1:

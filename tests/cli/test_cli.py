@@ -227,6 +227,13 @@ def test_a_missing_word_is_named():
         parse([], ("RUN",))
 
 
+def test_the_last_word_may_be_several():
+    assert parse(["a", "b/x=1", "deep=true", "c"], ("RUN...",), OPTIONS)["run"] == ["a", "b/x=1", "c"]
+    assert parse(["a", "b"], ("TO", "RUN..."), OPTIONS)["run"] == ["b"]
+    with pytest.raises(RecipeError, match="RUN: missing"):
+        parse(["deep=true"], ("RUN...",), OPTIONS)
+
+
 def test_options_are_described():
     text = describe(OPTIONS)
     for line in ("k=INT [20]  neighbours", "which=student|teacher [student]", "to=PATH (required)", "name=STR  a name"):

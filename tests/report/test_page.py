@@ -152,11 +152,12 @@ def test_a_killed_run_is_called_so_and_one_without_a_line_has_a_page(run):
 
 def test_members_have_sections_of_their_own(run):
     line = {"step": 1, "loss": 3.0, "loss/a.x": 1.0, "loss/b.x": 2.0, "probe/b.test/knn": 0.5, "health/a.output_std": 0.5}
+    line["verdict"] = "healthy"
     path = run(lines=[line], config={"modalities": {"a": {}, "b": {}}})
     Image.new("RGB", (30, 10)).save(path / "report" / "b-rebuilt-0000001.png")
     found = Seen(page(read(path), None))
     heads = re.findall(r"<h2>(.*?)</h2>", page(read(path), None))
-    assert heads == ["Curves", "a", "b", "Data", "Use", "Configuration"]
+    assert heads == ["Curves", "Health", "a", "b", "Data", "Use", "Configuration"]
     labels = [attrs["aria-label"].partition(" at ")[0] for attrs in found.all("svg")]
     assert labels == ["loss from 3", "x from 1", "output_std from 0.5", "x from 2", "test/knn from 50%"]
 

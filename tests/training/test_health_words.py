@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from mmssl.methods import METHODS
 from mmssl.methods.normal import Normal
 from mmssl.random import generator
 from mmssl.training.pretrain import pretrain
+from mmssl.training.trainer import SelfSupervisedTrainer
+from tests.ranks import on_two_ranks
 
 MODEL = "model: {image_size: 16, patch_size: 4, hidden_size: 16, depth: 1, heads: 2}\n"
 CROPS = "[{count: 2, scale: [0.4, 1.0]}, {count: 1, size: 8, scale: [0.1, 0.4]}]"
@@ -154,6 +157,22 @@ def test_outputs_in_numbers():
     )
     assert of_outputs(rows[:1].expand(10, 8)) == {"output_std": pytest.approx(0.0, abs=1e-12)}
     assert of_outputs(rows[:3]) == {}
+
+
+def outputs(rank):
+    """Health of the outputs of both members, of which the ranks have 8 and 3, and 8 and 8."""
+    rows = [torch.randn(8, 4, generator=generator("rows", one)) for one in range(4)]
+    own = {"a": [rows[0]] if rank == 0 else [rows[1][:1], rows[1][1:3]], "b": [rows[2 + rank]]}
+    trainer = SimpleNamespace(objective=SimpleNamespace(outputs=own), args=SimpleNamespace(device="cpu"))
+    return SelfSupervisedTrainer._outputs(trainer), [of_outputs(rows[place]) for place in (0, 2, 3)]
+
+
+def test_ranks_agree_on_the_mean_of_those_that_have_enough_outputs(tmp_path):
+    (first, (a, *b)), (second, _) = on_two_ranks(outputs, folder=tmp_path)
+    assert first == second
+    wanted = {f"health/a.{name}": value for name, value in a.items()}
+    wanted |= {f"health/b.{name}": (b[0][name] + b[1][name]) / 2 for name in a}
+    assert first == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_method_declares_only_what_differs():
