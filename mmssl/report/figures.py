@@ -155,13 +155,13 @@ def _neighbours(looked: Looked) -> Picture:
     rows = []
     for query, others, near in zip(queries.tolist(), found.tolist(), cosines.tolist(), strict=True):
         images = looked.sketch(looked.view([query, *others]))
-        said = [looked.label(query) or "query", *(f"{c:.2f} {looked.label(p)}" for c, p in zip(near, others, strict=True))]
-        rows.append([(_thumb(image), text) for image, text in zip(images, said, strict=True)])
+        named = [f"query  {looked.label(query)}", *(f"{c:.2f}  {looked.label(p)}" for c, p in zip(near, others, strict=True))]
+        rows.append([(_thumb(image), text) for image, text in zip(images, named, strict=True)])
     if rows[0][0][0].width > SMALL:  # texts stand below each other
-        rows = [[cell] for row in rows for cell in row]
+        rows = [[cell] for row in rows[: QUERIES // 2] for cell in row]
     caption = (
-        f"A sample and the {found.shape[1]} most like it by the cosine of their pooled features, nearest first, with cosine "
-        f"and class. Out of {looked.about}"
+        f"Each query, and the {found.shape[1]} samples most like it by the cosine of their pooled features, nearest first, with "
+        f"cosine and class. Out of {looked.about}"
     )
     return tiled(rows), caption
 

@@ -104,7 +104,7 @@ def _font() -> Path:
 def sketch(view: View, views: Any, features: Any, colours: Tensor | None = None) -> list[Image.Image]:
     """The first tokens of each text of a plain view, on the colours of theirs, (B, L, 3) in 0..1, if they are given."""
     font = ImageFont.truetype(str(_font()), SIZE)
-    return [_page(*each, views.tokenizer, font) for each in _texts(view, colours)]
+    return [_page(*each, views, font) for each in _texts(view, colours)]
 
 
 def _texts(view: View, colours: Tensor | None) -> Iterator[tuple[list[int], list[list[float]] | None]]:
@@ -115,14 +115,15 @@ def _texts(view: View, colours: Tensor | None) -> Iterator[tuple[list[int], list
         yield own[:shown].tolist(), None if colours is None else colours[row, :shown].tolist()
 
 
-def _page(ids: list[int], colours: list[list[float]] | None, tokenizer: Any, font: Any) -> Image.Image:
-    step, places, left, top = font.getlength("0"), [], 0.0, 0
+def _page(ids: list[int], colours: list[list[float]] | None, views: Any, font: Any) -> Image.Image:
+    step, places, left, top = font.getlength("0"), [], 0, 0
     for token in ids:
-        piece = _piece(tokenizer, token)
-        if left and left + len(piece) + 1 > COLUMNS:
-            left, top = 0.0, top + LINE
+        piece = _piece(views.tokenizer, token)[:COLUMNS]
+        left += int(bool(views.pieces.opens[token]) and left > 0)
+        if left + len(piece) > COLUMNS:
+            left, top = 0, top + LINE
         places.append((piece, left * step, top))
-        left += len(piece) + 0.5
+        left += len(piece)
     sheet = Image.new("RGB", (round(COLUMNS * step), top + LINE), "white")
     pen = ImageDraw.Draw(sheet)
     for place, (piece, x, y) in enumerate(places):

@@ -41,7 +41,8 @@ def test_patches_of_a_spectrogram_lie_as_they_were_cut():
 
 def test_tokens_stand_on_their_colours():
     words = ["<pad>", "\u2581one", "\u2581two"]
-    views = SimpleNamespace(tokenizer=SimpleNamespace(convert_ids_to_tokens=words.__getitem__))
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=words.__getitem__)
+    views = SimpleNamespace(tokenizer=tokenizer, pieces=SimpleNamespace(opens=torch.tensor([False, True, True])))
     view = View(torch.tensor([[1, 2, 0], [1, 1, 1]]), "text", torch.tensor([[False, False, True], [False] * 3]))
     plain = [np.asarray(image) for image in sketch_text(view, views, None, None)]
     assert all(image.shape[0] == LINE for image in plain)
