@@ -160,8 +160,8 @@ def _neighbours(looked: Looked) -> Picture:
     if rows[0][0][0].width > SMALL:  # texts stand below each other
         rows = [[cell] for row in rows[: QUERIES // 2] for cell in row]
     caption = (
-        f"Each query, and the {found.shape[1]} samples most like it by the cosine of their pooled features, nearest first, with "
-        f"cosine and class. Out of {looked.about}"
+        f"Each query, and the {found.shape[1]} samples most like it by the cosine of their pooled features, nearest first, "
+        f"with cosine and class. Out of {looked.about}"
     )
     return tiled(rows), caption
 
