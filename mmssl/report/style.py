@@ -47,7 +47,7 @@ p{margin:6px 0}
 .wide{display:grid;gap:20px;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr))}
 figure{margin:0;min-width:0}
 .scroll{overflow-x:auto}
-.scroll img{display:block;max-width:max(100%,560px);height:auto;background:#fff;border:1px solid var(--line)}
+.scroll img{display:block;max-width:max(100%,500px);height:auto;background:#fff;border:1px solid var(--line)}
 svg{width:100%;height:auto;display:block}
 svg text{fill:var(--soft);font:10px system-ui,sans-serif}
 .grid{stroke:var(--line);fill:none}
