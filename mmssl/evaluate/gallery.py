@@ -28,7 +28,7 @@ def attended(encoder: Encoder, view: View) -> tuple[Encoded, Tensor]:
         encoded = encoder(view)
     finally:
         handle.remove()
-    x, bias = (*seen[0], None)[:2]
+    x, bias = seen[0][0], seen[0][1] if len(seen[0]) > 1 else None
     weights, extra = _weights(last.attn, x, bias).mean(1), encoder.transformer.extra_tokens  # (B, E + L, E + L)
     if extra:
         return encoded, weights[:, 0, extra:]
