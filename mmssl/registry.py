@@ -61,6 +61,8 @@ class Modality(NamedTuple):
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
     draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
     tune: str | None = None  # name of a module with `Inputs`: what a model with a head takes, see mmssl/finetune/data.py
+    # (plain view, views, features, colours) -> an image of each sample; colours of its tokens, (B, L, 3) in 0..1, beside it
+    sketch: Callable[[View, Any, Any, Tensor | None], list[Any]] | None = None
 
 
 @cache

@@ -26,7 +26,7 @@ FLOORS = [
     ["data"],
     ["hub"],
     ["evaluate"],
-    ["training"],
+    ["training", "report"],
     ["finetune"],
     ["cli", "__main__"],
 ]

@@ -24,6 +24,7 @@ VERBS = {
     "resume": "continue a run from its newest complete checkpoint",
     "check": "dry run: recipe, data, three steps, memory, throughput, time",
     "status": "how a run stands: mmssl status RUN",
+    "view": "a page about a run, or about several: mmssl view RUN [RUN ...]",
     "replay": "the batch of an update that was not applied, sample by sample",
     "finetune": "labels for an encoder: mmssl finetune RECIPE model=MODEL data=LABELLED [key=value ...]",
     "probe": "k-NN and linear accuracy of a model on labelled data",
