@@ -7,7 +7,8 @@ the number of workers or ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ def key(*parts: int | str) -> int:
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by `key(*parts)`."""
     return torch.Generator(device=device).manual_seed(key(*parts))
+
+
+@contextmanager
+def drawn(*parts: int | str) -> Iterator[None]:
+    """For code of others that draws from torch's ambient generator of the CPU: seeded by `key(*parts)`, and put back after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(*parts))
+        yield
 
 
 def permutation(n: int, *parts: int | str) -> Tensor:

@@ -62,6 +62,9 @@ class Modality(NamedTuple):
     draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
     # (folder or id of a model, model options that are given) -> the view options that its preprocessing states
     stated: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None
+    tune: str | None = None  # name of a module with `Inputs`: what a model with a head takes, see mmssl/finetune/data.py
+    # (plain view, views, features, colours) -> an image of each sample; colours of its tokens, (B, L, 3) in 0..1, beside it
+    sketch: Callable[[View, Any, Any, Tensor | None], list[Any]] | None = None
 
 
 @cache

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # What a stranger's machine lacks cannot be found there either: the finder says so instead of finding.
-STRANGER = """
+LACKING = """
 import importlib.abc, sys
 LACKS = {"mmssl", "modalities", "pydantic", "datasets", "deepspeed", "accelerate", "torchvision", "torchaudio", "PIL",
          "sklearn", "soundfile", "sentencepiece", "matplotlib"}
@@ -18,6 +18,10 @@ import importlib.util
 find = importlib.util.find_spec  # transformers asks it what is installed
 importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in LACKS else find(name, package)
 import torch
+"""
+STRANGER = (
+    LACKING
+    + """
 from transformers import AutoModel
 torch.set_num_threads(1)  # as in the tests, so that sums have the same order
 for folder, given, found in zip(*[iter(sys.argv[1:])] * 3):
@@ -30,6 +34,7 @@ for folder, given, found in zip(*[iter(sys.argv[1:])] * 3):
     assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert not LACKS & {name.split(".")[0] for name in sys.modules}
 """
+)
 
 
 def start(folder, code, *arguments):

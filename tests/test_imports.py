@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmssl.hub.flatten import CORE
+from mmssl.hub.flatten import CORE, MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
@@ -26,7 +26,8 @@ FLOORS = [
     ["data"],
     ["hub"],
     ["evaluate"],
-    ["training"],
+    ["training", "report"],
+    ["finetune"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -91,9 +92,7 @@ def test_a_modality_imports_types_random_model_and_registry_and_no_other_modalit
         assert any(other == a or other.startswith(f"{a}.") for a in allowed), f"{name} imports {other}"
 
 
-@pytest.mark.parametrize(
-    "name", [*CORE, "mmssl.model.modeling", *(n for n in FILES if n.startswith("modalities") and n.endswith("features"))]
-)
+@pytest.mark.parametrize("name", [*CORE, *MODELS, *(n for n in FILES if n.startswith("modalities") and n.endswith("features"))])
 def test_exported_model_code_needs_torch_and_transformers_only(name):
     for other in imports(name):
         top = other.split(".")[0]

@@ -46,5 +46,5 @@ def test_an_unknown_name_is_told(monkeypatch):
     from tools import results
 
     monkeypatch.setattr(sys, "argv", ["results", "only=masked,vision-mai"])
-    with pytest.raises(SystemExit, match="only: found vision-mai, expected methods, masked, longer, cifar10"):
+    with pytest.raises(SystemExit, match="only: found vision-mai, expected methods, masked, longer, finetune, cifar10"):
         results.main()

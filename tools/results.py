@@ -1,10 +1,11 @@
 """make results: the runs behind docs/results.md, each skipped if it is already there. Prints the table.
 
-python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods,masked,longer,NAME]
+python -m tools.results [data=../shared/data] [only=cifar10,fsdd,agnews-small,methods,masked,longer,finetune,NAME]
 
 `methods` stands for all joint-embedding methods on the same 10 000 images with the same small encoder, 3 minutes each; `masked`
 for all masked and predictive methods on images, speech, spectrograms and text, about 2 minutes each, named MODALITY-METHOD;
-`longer` for the best of each modality, about 15 minutes each.
+`longer` for the best of each modality, about 15 minutes each; `finetune` for what labels make of
+some encoders, and of fresh weights, in a table of its own.
 What a run cost is in its cost.json: seconds of processor time of training, children included; of a killed attempt nothing.
 """
 
@@ -28,6 +29,7 @@ from mmssl.evaluate.probe import probe
 from mmssl.methods import METHODS
 from mmssl.training.run_folder import RunFolder
 from tools.demo import call
+from tools.digits import DIGITS, write
 
 
 class Result(NamedTuple):
@@ -63,7 +65,42 @@ LONGER = {  # the best of a modality, more updates of it, and pictures on the wa
     "text-causal_lm": ("train.steps=2400", "watch.every=600", "save.every=600"),
 }
 FOLDER = Path("runs/results")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class Tuned(NamedTuple):
+    """A fine-tuning run of an encoder of another."""
+
+    recipe: str
+    encoder: str
+    data: str
+    words: tuple[str, ...]
+    score: str  # in results.json
+
+
+TUNED = {
+    "finetune-images": Tuned(
+        "finetune/image-classification",
+        "longer-vision-mae",
+        "cifar10",
+        ("data.labels=100", "watch.samples=2000", "train.epochs=12", "views.mixup=0", "views.cutmix=0", "views.randaugment=0"),
+        "accuracy",
+    ),
+    "finetune-news": Tuned(
+        "finetune/sequence-classification",
+        "longer-text-causal_lm",
+        "agnews-small",
+        ("data.labels=100", "train.epochs=8", "optim.lr=3e-4", "watch.samples=800"),
+        "accuracy",
+    ),
+    "finetune-digits": Tuned(
+        "finetune/ctc",
+        "longer-spectrogram-tera",
+        "fsdd-strings",
+        ("train.epochs=12", "optim.lr=1e-3", "model.freeze_features=false", "views.speed=[]", "model.options.frames=400"),
+        "cer",
+    ),
+}
+STRINGS = {"train": 1000, "test": 150, "digits": 3, "held": 5}
 HELD_OUT = 5  # speaker whose recordings `fsdd-pairs` keeps for the test
 
 
@@ -179,17 +216,47 @@ def row(name: str, run: Path) -> Iterator[str]:
         yield f"| {name} | {which} | " + " | ".join([*cells, spent]) + " |"
 
 
+def tune(name: str, data: Path) -> dict[str, dict[str, float]]:
+    """What a fine-tuned encoder reaches, and fresh weights by the same words; each is trained unless it is done."""
+    told, found = TUNED[name], {}
+    encoder = (masked() | longer())[told.encoder]
+    measure(encoder, data / encoder.data, FOLDER / told.encoder)
+    labelled = data / told.data
+    if told.data == "fsdd-strings":
+        labelled = FOLDER / told.data
+        if not (labelled / "test.parquet").is_file():
+            write(data / "fsdd", labelled, **STRINGS)
+    for which in ("random", "pretrained"):
+        run = FOLDER / f"{name}-{which}"
+        if not finished(run):
+            going_on = "resume=true" if (run / "checkpoints").is_dir() else "overwrite=true"
+            words = ("train.threads=1", "data.workers=0", f"model.random={str(which == 'random').lower()}", *told.words)
+            with counted(run):
+                call("finetune", told.recipe, f"model={FOLDER / told.encoder / 'model'}", f"data={labelled}", f"out={run}",
+                     going_on, *words)  # fmt: skip
+        cost = json.loads((run / "cost.json").read_text())
+        found[which] = json.loads((run / "results.json").read_text()) | cost
+    return found
+
+
+def tuned_row(name: str, found: dict[str, dict[str, float]]) -> str:
+    """A line of the table: the score and what it cost, from fresh weights and from the encoder."""
+    cells = [f"{100 * found[which][TUNED[name].score]:.1f}" for which in ("random", "pretrained")]
+    spent = [f"{found[which]['cpu_seconds']:.0f}" for which in ("random", "pretrained")]
+    return f"| {name} | {TUNED[name].score} | " + " | ".join([*cells, *spent]) + " |"
+
+
 def main() -> None:
     """Train what is missing, measure, print; what fails is named and the others go on."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     folder, results = Path(given.get("data", "../shared/data")), RESULTS | masked() | longer()
-    groups = {"methods": COMPARED, "masked": [*masked()], "longer": [*longer()]}
-    wanted = [name for word in given.get("only", ",".join(results)).split(",") for name in groups.get(word, [word])]
+    groups = {"methods": COMPARED, "masked": [*masked()], "longer": [*longer()], "finetune": [*TUNED]}
+    wanted = [name for word in given.get("only", ",".join([*results, *TUNED])).split(",") for name in groups.get(word, [word])]
     failed = []
-    if unknown := [name for name in wanted if name not in results]:
+    if unknown := [name for name in wanted if name not in results and name not in TUNED]:
         sys.exit(f"only: found {', '.join(unknown)}, expected {', '.join([*groups, *results])}")
     print("| run | | k-NN | linear | left out | zero-shot | CPU seconds |\n|---|---|---|---|---|---|---|")
-    for name in wanted:
+    for name in [name for name in wanted if name not in TUNED]:
         run = FOLDER / name
         try:
             measure(results[name], folder / results[name].data, run)
@@ -199,6 +266,15 @@ def main() -> None:
             failed.append(f"{name} (exit code {stop.code})")
             continue
         print(*row(name, run), sep="\n", flush=True)
+    if tuned := [name for name in wanted if name in TUNED]:
+        print("\n| run | score | random | pretrained | CPU seconds | CPU seconds |\n|---|---|---|---|---|---|", flush=True)
+    for name in tuned:
+        try:
+            print(tuned_row(name, tune(name, folder)), flush=True)
+        except SystemExit as stop:
+            if not isinstance(stop.code, int):
+                raise
+            failed.append(f"{name} (exit code {stop.code})")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -6,20 +6,22 @@ python tools/write_docs.py
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from pydantic import create_model
 from pydantic_core import PydanticUndefined
 
 from mmssl.cli.list import recipes
-from mmssl.config import recipe_class
+from mmssl.config import FinetuneRecipe, options_of, recipe_class
 from mmssl.config.joint import MemberOptions
 from mmssl.config.pairs import BindOptions
 from mmssl.config.recipe import BLOCKS
 from mmssl.methods import METHODS
-from mmssl.registry import modalities
+from mmssl.registry import modalities, modality
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """# Recipes
@@ -140,6 +142,20 @@ def by_modality(block: str) -> str:
     return text
 
 
+def finetuning() -> str:
+    """Keys of recipes for fine-tuning, and the views of each kind of data."""
+    text = "\n## Fine-tuning\n\nRecipes of `mmssl finetune`, see [finetuning.md](finetuning.md).\n\n"
+    blocks = {name: field.annotation for name, field in FinetuneRecipe.model_fields.items()}
+    tables = [rows(model, f"{name}.") for name, model in blocks.items() if hasattr(model, "model_fields")]
+    tables.insert(0, [row for row in rows(FinetuneRecipe, "") if row.startswith("| `task`")])
+    text += HEAD + "\n".join(row for table in tables for row in table) + "\n"
+    for kind, name in {modality(kind).tune: kind for kind in modalities()}.items():
+        options: Any = options_of(importlib.import_module(str(kind)).Inputs, "path")
+        views: Any = create_model("Views", **options)
+        text += f"\n### views, fine-tuning on {name}\n\n{HEAD}" + "\n".join(rows(views, "views.")) + "\n"
+    return text
+
+
 def documents() -> dict[Path, str]:
     """File -> what it should hold."""
     recipe = recipe_class("data2vec2", "vision")
@@ -169,6 +185,7 @@ def documents() -> dict[Path, str]:
             )
     text += SEVERAL + HEAD + "\n".join(rows(MemberOptions, "modalities.NAME.")) + "\n"
     text += PAIRS + HEAD + "\n".join(rows(BindOptions, "bind.")) + "\n"
+    text += finetuning()
     schema = json.dumps(recipe.model_json_schema(), indent=1) + "\n"
     return {ROOT / "docs" / "recipes.md": text, ROOT / "docs" / "recipe.schema.json": schema}
 

@@ -27,5 +27,6 @@ def run(arguments: list[str]) -> int:
     with storing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, source.read_text(encoding="utf-8"))
-    print(f"wrote {target}; train with: mmssl pretrain {target}")
+    verb = "finetune" if source.parent.name == "finetune" else "pretrain"
+    print(f"wrote {target}; train with: mmssl {verb} {target}")
     return 0

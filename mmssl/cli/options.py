@@ -32,16 +32,18 @@ def parse(
 
     Args:
         arguments: words after the verb. `--name` stands for `name=true`.
-        positional: names of the words that are not key=value, in order; one in brackets, "[RECIPE]", may be missing.
+        positional: names of the words that are not key=value, in order; one in brackets, "[RECIPE]", may be missing. If the
+            name of the last one ends in dots, it takes one word or more, as a list.
         options: name -> (type, default, help). Types are bool, int, float, str, Path or a tuple of allowed words.
         overrides: pass unknown `key=value` words on, as `overrides`, for the recipe to judge.
     Returns: positional words by lower-case name (None where missing), all options with their defaults.
     Raises: RecipeError naming everything that is wrong.
     """
     options = options or {}
-    values: dict[str, Any] = {name.strip("[]").lower(): None for name in positional}
+    values: dict[str, Any] = {name.strip("[].").lower(): None for name in positional}
     values |= {name: default for name, (_, default, _) in options.items()}
-    words, rest, given, problems = [], [], set(), []
+    words: list[Any] = []
+    rest, given, problems = [], set(), []
     for argument in arguments:
         if argument.startswith("--"):
             argument = argument[2:] if "=" in argument else f"{argument[2:]}=true"
@@ -61,6 +63,10 @@ def parse(
                 values[name] = _convert(options[name][0], text)
             except ValueError as error:
                 problems.append(f"{name}: found {text!r}, expected {error}")
+    if positional and positional[-1].endswith("..."):
+        positional = (*positional[:-1], positional[-1].removesuffix("..."))
+        last = len(positional) - 1
+        words[last:] = [words[last:]] if words[last:] else []
     for name, word in zip(positional, words):
         values[name.strip("[]").lower()] = word
     problems += [f"{name}: missing" for name in positional[len(words) :] if not name.startswith("[")]

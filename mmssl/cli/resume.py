@@ -28,6 +28,10 @@ def run(arguments: list[str]) -> int:
     raw = read_yaml(folder.config)
     for text in given["overrides"]:
         apply_override(raw, text)
+    if "task" in raw:  # of mmssl finetune
+        from mmssl.cli.finetune import go_on
+
+        return go_on({**raw, "out": str(given["run"])}, str(folder.config))
     recipe = check_recipe({**raw, "out": str(given["run"])}, str(folder.config))
     from mmssl.training.outcome import finish
     from mmssl.training.pretrain import pretrain

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     facts = {
         "run": given["run"],
         "verdict": verdict,
-        **{name: status.get(name) for name in ("state", "step", "steps", "error")},
+        **{name: status.get(name) for name in ("state", "step", "steps", "health", "error")},
         "checkpoint": None if newest is None else checkpoint.step_of(newest),
         "metrics": folder.last_metrics(),
         "seconds_since_write": round(folder.silence(), 1),
@@ -54,6 +54,7 @@ def _text(facts: dict) -> str:
     lines = {
         "state": state if state == verdict else f"{state}, {verdict}",
         "step": f"{facts['step']} of {facts['steps'] or 'an unknown number'}",
+        "health": facts["health"],
         "metrics": metrics or "none yet",
         "last write": f"{facts['seconds_since_write']:.0f} s ago",
         "checkpoint": "none" if facts["checkpoint"] is None else f"step {facts['checkpoint']}",

@@ -2,6 +2,7 @@
 
 from mmssl.config.blocks import DataOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
 from mmssl.config.chosen import options_of
+from mmssl.config.finetune import FinetuneRecipe, checked_views
 from mmssl.config.joint import JointRecipe, check_recipe, load_recipe
 from mmssl.config.messages import CHOICES, explain, nearest, told
 from mmssl.config.reading import (
@@ -24,6 +25,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_DEPTH",
     "DataOptions",
+    "FinetuneRecipe",
     "JointRecipe",
     "OptimOptions",
     "Options",
@@ -34,6 +36,7 @@ __all__ = [
     "WatchOptions",
     "apply_override",
     "check_recipe",
+    "checked_views",
     "dump_value",
     "explain",
     "find_recipe",

@@ -81,8 +81,7 @@ def _read(init: str) -> tuple[Modality, Any, Any]:
     """The kind of data of a model; its config on the shared transformer, None if it is another network; and its own config."""
     from transformers import AutoConfig
 
-    from mmssl.evaluate.probe import modality_of
-    from mmssl.hub.export import load_encoder
+    from mmssl.model.released import load_encoder, modality_of
 
     try:
         network = load_encoder(init)

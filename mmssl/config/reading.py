@@ -80,10 +80,11 @@ def recipe_root() -> Path:
     return Path(__file__).resolve().parents[2] / "recipes"
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the shipped recipes, as `find_recipe` takes them."""
+def shipped_recipes(finetune: bool = False) -> list[str]:
+    """Names of the shipped recipes, as `find_recipe` takes them; those for fine-tuning only if asked for."""
     root = recipe_root()
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name != "accelerate")
+    others = ("accelerate",) if finetune else ("accelerate", "finetune")
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name not in others)
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -93,7 +94,7 @@ def find_recipe(name: str | Path) -> Path:
     for candidate in (path, shipped, recipe_root().parent / path):
         if candidate.is_file():
             return candidate
-    names = shipped_recipes()
+    names = shipped_recipes(finetune=True)
     raise RecipeError(
         f"{name}: no such recipe file, and no shipped recipe of that name{nearest(str(name), names)}. "
         f"Shipped: {', '.join(names)}."

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from mmssl.evaluate import agreement, collapse
-from mmssl.losses.numerics import unit_rows
-from mmssl.losses.statistics import log_potential
+from mmssl.losses.numerics import at_least_fp32, unit_rows
+from mmssl.losses.statistics import log_potential, participation
 
 PAIRS = 4096  # samples of which all pairs are compared
+LEAST = 4  # outputs that say something of how outputs differ
+ALIKE = 1e-6  # output_std of rounding errors
+OUTPUTS = ("output_std", "output_dimensions", "output_dead")
 
 
 def of_set(features: Tensor) -> dict[str, float]:
@@ -37,6 +40,24 @@ def of_set(features: Tensor) -> dict[str, float]:
         "uniformity": float(log_potential(unit_rows(features[:PAIRS]), 2.0)),
     }
     return _defined(found)
+
+
+def of_outputs(features: Tensor) -> dict[str, float]:
+    """What the pooled outputs of an update show, at the price of a matrix product; empty if there are fewer than four.
+
+    Args:
+        features: (B, D) of this rank.
+    Returns: output_std, their distance from the mean of all as a share of their length, roots of mean squares (0 if all are
+        alike, 1 if they have nothing in common); output_dimensions, the participation ratio of their covariance;
+        output_dead, the share of dimensions that hardly differ. The last two are left out where all are alike.
+    """
+    if len(features) < LEAST:
+        return {}
+    rows = at_least_fp32(features)
+    spread = float((rows - rows.mean(0)).norm() / rows.norm().clamp(min=torch.finfo(rows.dtype).tiny))
+    if not spread > ALIKE:
+        return {"output_std": spread}
+    return {"output_std": spread, "output_dimensions": float(participation(rows)), "output_dead": collapse.channels(rows).dead}
 
 
 def of_views(first: Tensor, second: Tensor, temperature: float = 0.1) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.evaluate.linear import Linear, linear_accuracy
 from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
-from mmssl.hub.export import load_encoder, member_folder
-from mmssl.registry import Modality, modalities, modality
+from mmssl.hub.export import member_folder
+from mmssl.model.released import load_encoder, modality_of
 from mmssl.types import Batch, View
 
 
@@ -41,27 +40,6 @@ def _open(
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
     return open_sets(where, watch, kind, views, 0, few), where
-
-
-def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
-    """The kind of data a model takes: by its config if it is ours, as told, or by the name of its input.
-
-    Raises: RecipeError if all that leaves it open.
-    """
-    name = getattr(model.config, "modality", None) if _ours(model) else told
-    if name is not None:
-        return modality(str(name))
-    takes, fitting = getattr(model, "main_input_name", None), []
-    for other in modalities():
-        with suppress(RecipeError):  # one that cannot be imported does not matter here
-            fitting += [kind for kind in (modality(other),) if getattr(kind.features, "input_name", None) == takes]
-    if len(fitting) != 1:
-        found = " and ".join(kind.name for kind in fitting) or "no installed kind of data"
-        raise RecipeError(
-            f"modality: {type(model).__name__} takes {takes}, which belongs to {found}; "
-            f"say what it is for with modality=NAME, one of {', '.join(modalities())}."
-        )
-    return fitting[0]
 
 
 def _ours(model: torch.nn.Module) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import re
 import secrets
 import shutil
@@ -18,8 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, PreTrainedModel
 
 from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.config.joint import TRUNK
@@ -33,10 +31,12 @@ from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import BACKBONE, OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
 from mmssl.model.modeling import MmsslModel
-from mmssl.model.transformer import DEEPEST, SHARED
+from mmssl.model.released import class_of, load_encoder, quiet
+from mmssl.model.tasks import TASKS
+from mmssl.model.transformer import SHARED
 from mmssl.parts import Teacher
 from mmssl.redaction import redact
-from mmssl.registry import Modality, modalities, modality
+from mmssl.registry import Modality, modality
 
 STEMS = {"student": "method.student.encoder.", "teacher": "method.teacher.network.encoder."}
 STUDENT = re.escape(STEMS["student"])
@@ -67,7 +67,7 @@ def export_encoder(
     weights, config, kind = weights_of(tensors, which), recipe.config(), modality(recipe.data.modality)
     native = _native(config, kind, weights)
     with torch.device("meta"):
-        model = _class_of(native[0])(native[0]) if native else _own(config)
+        model = class_of(native[0])(native[0]) if native else _own(config)
     named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
     with appearing(path) as aside:
         _write(model, named, aside)
@@ -227,16 +227,18 @@ def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> 
     return AutoConfig.for_model(**config.backbone), {name.removeprefix("model."): t for name, t in weights.items()}
 
 
-def _class_of(config: Any) -> type[PreTrainedModel]:
-    """The class of transformers for a config. Not by `from_config`, which splits a new model over ranks under ZeRO-3."""
-    found: Any = MODEL_MAPPING[type(config)]
-    return found[0] if isinstance(found, tuple) else found
-
-
 def _own(config: MmsslConfig) -> MmsslModel:
     config.architectures = ["MmsslModel"]
-    config.auto_map = {"AutoConfig": "modeling_mmssl.MmsslConfig", "AutoModel": "modeling_mmssl.MmsslModel"}
+    config.auto_map = auto_map(config)
     return MmsslModel(config)
+
+
+def auto_map(config: MmsslConfig) -> dict[str, str]:
+    """Class of transformers -> that of the modelling code, for all that can be done with such a model."""
+    features: Any = None if config.members else feature_class(config.modality)
+    tasks = {name: task.__name__ for name, task in TASKS.items() if features and features.input_name in task.takes}
+    names = {"AutoConfig": "MmsslConfig", "AutoModel": "MmsslModel"} | tasks
+    return {name: f"modeling_mmssl.{own}" for name, own in names.items()}
 
 
 def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
@@ -249,18 +251,6 @@ def export_heads(tensors: dict[str, Tensor], path: Path) -> None:
     aside.replace(path / "heads.safetensors")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which would tear ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def replace_folder(new: Path, old: Path) -> None:
     """Put `new` in the place of `old`."""
     before = old.with_name(f".del-{old.name}")
@@ -269,33 +259,6 @@ def replace_folder(new: Path, old: Path) -> None:
         old.rename(before)
     new.rename(old)
     shutil.rmtree(before, ignore_errors=True)
-
-
-def load_encoder(path_or_id: str | Path) -> torch.nn.Module:
-    """An encoder from a folder or the Hub.
-
-    Models of transformers whose structure the shared transformer has run on it.
-
-    Returns: a module that takes `pixel_values | input_values | input_ids | input_features` and gives `last_hidden_state` and
-        `pooler_output`.
-    Raises: RecipeError if there is none, with the reason.
-    """
-    from mmssl.model import register
-
-    register.auto_classes()
-    if not Path(path_or_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)):
-        raise RecipeError(f"{path_or_id}: no such folder, and no Hub id (ORG/NAME).")
-    # Or transformers asks a Space of the Hub to convert a model that has no safetensors.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(path_or_id), trust_remote_code=False)
-            _check_size(config, Path(path_or_id))
-            model = AutoModel.from_pretrained(str(path_or_id), config=config, trust_remote_code=False, weights_only=True).eval()
-    except Exception as error:  # the readers of the many kinds of files raise almost anything on malformed ones
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"{path_or_id} cannot be loaded as a model: {reason}") from None
-    return model if isinstance(model, MmsslModel) else _shared(model)
 
 
 def member_folder(path_or_id: str | Path, member: str) -> Path:
@@ -312,39 +275,6 @@ def member_folder(path_or_id: str | Path, member: str) -> Path:
     if not (folder / member / "config.json").is_file():
         raise RecipeError(f"{path_or_id} holds no model of {member} alone; `mmssl export RUN to=FOLDER` writes one.")
     return folder / member
-
-
-def _check_size(config: Any, path: Path) -> None:
-    """Whether a config asks for no more than its folder can hold, found before memory is. Raises: ValueError."""
-    told = {**config.to_dict(), **(getattr(config, "backbone", None) or {})}
-    deep = [f"{name}={value}" for name, value in told.items() if re.search("layers$|depth$", name) and _above(value, DEEPEST)]
-    if deep:
-        raise ValueError(f"config.json: {deep[0]}, at most {DEEPEST} blocks can be built")
-    held = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
-    if not path.is_dir() or not held:
-        return
-    with torch.device("meta"):
-        asked = sum(parameter.numel() for parameter in _class_of(config)(config).parameters())
-    if asked > 8 * held:  # a weight takes a bit at least
-        raise ValueError(f"config.json: describes {asked} weights, the files hold {held} bytes")
-
-
-def _above(value: Any, most: int) -> bool:
-    return isinstance(value, (int, float)) and value > most
-
-
-def _shared(model: PreTrainedModel) -> torch.nn.Module:
-    """The same model on the shared transformer, or itself if its structure is another."""
-    for name in modalities():
-        convert = modality(name).native
-        native = import_module(convert) if convert else None
-        if native and model.config.model_type in native.NATIVE:
-            found = native.from_native(model.config, model.state_dict())
-            if found:
-                twin = MmsslModel(found[0])
-                twin.encoder.load_state_dict(found[1], strict=False)  # fixed tables are not among theirs
-                return twin.eval()
-    return model
 
 
 def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:

@@ -15,6 +15,7 @@ CORE = (
     "mmssl.model.encoder",
     "mmssl.model.backbone",
 )
+MODELS = ("mmssl.model.modeling", "mmssl.model.tasks")
 
 
 def flatten(*features_modules: str) -> str:
@@ -24,7 +25,7 @@ def flatten(*features_modules: str) -> str:
     """
     imports: set[str] = set()
     bodies, homes = [], {}
-    for name in dict.fromkeys((*CORE, *features_modules, "mmssl.model.modeling")):
+    for name in dict.fromkeys((*CORE, *features_modules, *MODELS)):
         source = inspect.getsource(importlib.import_module(name))
         lines = source.splitlines()
         tree = ast.parse(source)

@@ -64,7 +64,13 @@ def dimensions(z: Tensor) -> Tensor:
         z: (B, D) of this rank, normalised here.
     Returns: () participation ratio of the eigenvalues of their covariance, (sum)^2 / sum of squares; 0 if they do not vary.
     """
-    rows = unit_rows(z)
+    return participation(unit_rows(z))
+
+
+@torch.no_grad()
+@without_autocast
+def participation(rows: Tensor) -> Tensor:
+    """() participation ratio of the eigenvalues of the covariance of (B, D) rows, as `dimensions`, whatever their length."""
     rows = rows - rows.mean(0)
     small = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows  # the same eigenvalues but zeros
     total, squares = small.diagonal().sum().square(), small.square().sum()

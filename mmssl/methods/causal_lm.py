@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmssl import losses
-from mmssl.methods.method import Method, Normal
+from mmssl.methods.method import Method
 from mmssl.model.encoder import Encoder
 from mmssl.model.lm_head import Tied
 from mmssl.parts import Network
@@ -23,7 +23,6 @@ class CausalLM(Method):
     """
 
     paper, family, modalities, coverage = "arXiv:2005.14165", "predictive", ("text",), (25,)
-    normal = (Normal("prediction_std", 0.02, "the same prediction everywhere"),)
 
     def __init__(self, encoder: Encoder):
         super().__init__()

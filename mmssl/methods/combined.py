@@ -103,9 +103,9 @@ class Combined(Several):
         each = (method.terms(self._given(batch, method)) for _, method in self.methods())
         return next((found for found in each if found is not None), None)
 
-    def judge(self, health: Mapping[str, float]) -> list[str]:
+    def judge(self, line: Mapping[str, Any], first: Mapping[str, Any] = {}) -> list[str]:
         """Of each member; options are named as in the recipe."""
-        return [_placed(said, said.partition(":")[0]) for said in super().judge(health)]
+        return [_placed(said, said.partition(":")[0]) for said in super().judge(line, first)]
 
     def guards(self) -> tuple[Guard, ...]:
         """So, too."""

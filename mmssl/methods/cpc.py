@@ -30,7 +30,7 @@ class CPC(Method):
     """
 
     paper, family, modalities, coverage = "arXiv:1807.03748", "predictive", ("speech", "spectrogram"), (26,)
-    normal = (Normal("information", 0.05, "frames to come are found hardly better than by chance"),)
+    normal = (Normal("information", 0.05, "frames to come are found hardly better than by chance", after=200),)
 
     def __init__(self, encoder: Encoder, steps: AtLeast1 = 12, negatives: AtLeast1 = 128):
         super().__init__()

@@ -27,7 +27,7 @@ class DeepCluster(JointEmbedding):
 
     paper, coverage = "arXiv:1807.05520", (11,)
     views, slots, chooses = 1, True, True
-    normal = (*JointEmbedding.normal, Normal("clusters_used", 0.3, "few clusters hold most samples"))
+    normal = (Normal("clusters_used", 0.3, "few clusters hold most samples"),)
 
     def __init__(self, encoder: Encoder, clusters: AtLeast2 = 10_000, pca: AtLeast1 = 256, iterations: AtLeast1 = 20):
         super().__init__()

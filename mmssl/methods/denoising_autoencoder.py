@@ -22,10 +22,7 @@ class DenoisingAutoencoder(Method):
     """
 
     paper, family, modalities, coverage = "JMLR 11:3371", "masked", ("vision",), (22,)
-    normal = (
-        Normal("prediction_std", 0.02, "the same prediction everywhere"),
-        Normal("altered_share", 0.01, "hardly anything is altered, the input can be copied; raise method.level"),
-    )
+    normal = (Normal("altered_share", 0.01, "hardly anything is altered, the input can be copied; raise method.level"),)
 
     def __init__(
         self,

@@ -21,7 +21,6 @@ class DINO(JointEmbedding):
     paper, coverage = "arXiv:2104.14294", (10,)
     crops, exports = True, "teacher"
     normal = (
-        *JointEmbedding.normal,
         Normal("target_use", 0.1, "collapsed: one output takes all samples; is method.center_momentum below 1?"),
         Normal("target_entropy", 0.0, "", 0.995, "collapsed: targets are uniform; lower method.teacher_temperature"),
     )

@@ -58,10 +58,7 @@ class Electra(Method):
 
     paper, family, modalities, coverage = "arXiv:2003.10555", "masked", ("text",), ()
     masks = True
-    normal = (
-        Normal("replaced_share", 0.002, "hardly a token is replaced: the generator is too good; lower method.generator"),
-        Normal("encoder_std", 0.02, "all tokens look the same"),
-    )
+    normal = (Normal("replaced_share", 0.002, "hardly a token is replaced: the generator is too good; lower method.generator"),)
 
     def __init__(
         self,

@@ -43,10 +43,6 @@ class JointEmbedding(Method):
     family: ClassVar[Literal["joint embedding", "masked", "predictive"]] = "joint embedding"
     modalities = ("vision", "speech", "text")
     views = 2
-    normal = (
-        Normal("unit_std", 0.1, "collapsed: embeddings hardly differ between samples"),
-        Normal("dimensions", 1.5, "collapsed: embeddings differ in one direction only"),
-    )
 
     def output(self, terms: dict[str, Tensor], h: Tensor, z: Tensor, **health: Tensor) -> StepOutput:
         """Losses, and how projections differ between samples.
@@ -142,7 +138,7 @@ class MemoryCodes(JointEmbedding):
     """
 
     crops = slots = True
-    normal = (*JointEmbedding.normal, Normal("clusters_used", 0.3, "few clusters hold most samples"))
+    normal = (Normal("clusters_used", 0.3, "few clusters hold most samples"),)
 
     def __init__(self, encoder: Encoder, hidden: int, dim: int, prototypes: int, heads: int, temperature: float):
         super().__init__()

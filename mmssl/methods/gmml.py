@@ -18,10 +18,7 @@ class GMML(Method):
     """Atito et al. 2022, arXiv:2205.14986: rebuild groups of pixels that were overwritten, from all tokens."""
 
     paper, family, modalities, coverage = "arXiv:2205.14986", "masked", ("vision",), (92,)
-    normal = (
-        Normal("prediction_std", 0.02, "the same prediction everywhere"),
-        Normal("altered_share", 0.02, "hardly anything is overwritten; raise method.corruption.share"),
-    )
+    normal = (Normal("altered_share", 0.02, "hardly anything is overwritten; raise method.corruption.share"),)
 
     def __init__(self, encoder: Encoder, corruption: GroupOptions = GroupOptions(), blocks: tuple[int, ...] | None = None):
         """blocks: whose outputs are averaged for the head, the first is 1; every second from the last back to the middle if

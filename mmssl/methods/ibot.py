@@ -28,7 +28,6 @@ class IBOT(JointEmbedding):
     family, modalities, exports = "masked", ("vision",), "teacher"
     masks = crops = True
     normal = (
-        *JointEmbedding.normal,
         Normal("target_use", 0.1, "collapsed: one output takes all samples; is method.center_momentum below 1?"),
         Normal("target_entropy", 0.0, "", 0.995, "collapsed: targets are uniform; lower method.teacher_temperature"),
         Normal("patch_entropy", 0.0, "", 0.995, "collapsed: targets of patches are uniform; lower method.patch_temperature"),

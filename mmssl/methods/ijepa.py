@@ -6,7 +6,7 @@ from typing import Any
 
 from mmssl import losses
 from mmssl.losses import token_std
-from mmssl.methods.method import AtLeast0, Method, Normal, masked_share
+from mmssl.methods.method import AtLeast0, Method, masked_share
 from mmssl.model.encoder import Encoder, init_linear
 from mmssl.model.positions import take_at
 from mmssl.model.token_decoder import TokenDecoder, TokenDecoderOptions
@@ -20,10 +20,6 @@ class IJEPA(Method):
 
     paper, family, modalities, coverage = "arXiv:2301.08243", "predictive", ("vision",), ()
     masks, drops, exports = True, True, "teacher"
-    normal = (
-        Normal("target_std", 0.1, "collapsed: features hardly differ between places and samples; lower optim.lr"),
-        Normal("prediction_std", 0.02, "the same prediction everywhere"),
-    )
 
     def __init__(
         self,

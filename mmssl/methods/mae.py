@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmssl import losses
-from mmssl.methods.method import Method, Normal, check_raw, masked_share
+from mmssl.methods.method import Method, check_raw, masked_share
 from mmssl.model.encoder import Encoder
 from mmssl.model.positions import take_at
 from mmssl.model.token_decoder import TokenDecoder, TokenDecoderOptions
@@ -22,7 +22,6 @@ class MAE(Method):
 
     paper, family, modalities, coverage = "arXiv:2111.06377", "masked", ("vision", "spectrogram", "text"), (23,)
     masks = drops = True
-    normal = (Normal("prediction_std", 0.02, "the same prediction everywhere"),)
 
     def __init__(self, encoder: Encoder, decoder: TokenDecoderOptions = TokenDecoderOptions(), normalise: bool = True):
         """normalise: the values of each patch, to mean 0 and variance 1."""

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmssl.methods.normal import NORMAL, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.model.norm import is_batch_norm
 from mmssl.parts import Network, Part
@@ -21,16 +22,6 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 Natural = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 AtLeast2 = Annotated[int, Field(ge=2)]
-
-
-class Normal(NamedTuple):
-    """What a health metric is between when a method works, and what it means if it is not."""
-
-    metric: str
-    least: float
-    below: str
-    most: float = math.inf
-    above: str = ""
 
 
 class Guard(NamedTuple):
@@ -61,7 +52,7 @@ class Method(nn.Module):
     alone: ClassVar[bool] = True  # whether it teaches anything without another method beside it
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
-    normal: ClassVar[tuple[Normal, ...]] = ()
+    normal: ClassVar[tuple[Normal, ...]] = ()  # what differs from the classes it extends, and from `NORMAL`
 
     student: Network
 
@@ -94,15 +85,22 @@ class Method(nn.Module):
         """What the parts say of themselves; a collective."""
         return {name: value for part in self.parts() for name, value in part.health(clock).items()}
 
-    def judge(self, health: Mapping[str, float]) -> list[str]:
-        """In words, what is not normal in a logged line with `health/<metric>` values."""
-        found = []
-        for normal in self.normal:
-            value = health.get(f"health/{normal.metric}")
-            if value is not None and not normal.least <= value <= normal.most:
-                meaning = normal.above if value > normal.most else normal.below
-                found.append(f"{meaning} ({normal.metric} {value:.3g})")
-        return found
+    def normals(self) -> list[Normal]:
+        """What is normal of each metric: as declared in its class, those it extends, and `NORMAL`."""
+        declared = [normal for kind in reversed(type(self).__mro__) for normal in vars(kind).get("normal", ())]
+        return [*{normal.metric: normal for normal in (*NORMAL, *declared, *vars(self).get("normal", ()))}.values()]
+
+    def judge(self, line: Mapping[str, Any], first: Mapping[str, Any] = {}) -> list[str]:
+        """In words, what is not normal.
+
+        Args:
+            line: of metrics.jsonl, with `step` and `health/<metric>`.
+            first: the first such line of the run.
+        """
+        step, dim = line.get("step", math.inf), self.student.encoder.dim
+        each = ((f"health/{normal.metric}", normal) for normal in self.normals())
+        told = (normal.told(line[m], first.get(m), step, dim) for m, normal in each if line.get(m) is not None)
+        return [said for said in told if said]
 
     def guards(self) -> tuple[Guard, ...]:
         """What stops a run after `watch.guard_after` updates, unless `watch.guard` names the metric itself."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmssl import losses
-from mmssl.methods.method import Method, Normal, masked_share
+from mmssl.methods.method import Method, masked_share
 from mmssl.model.encoder import Encoder
 from mmssl.model.lm_head import lm_head
 from mmssl.model.mask_token import Corruption, asked, check_corruption, corrupt
@@ -24,7 +24,6 @@ class MLM(Method):
 
     paper, family, modalities, coverage = "arXiv:1810.04805", "masked", ("text",), (21,)
     masks = True
-    normal = (Normal("prediction_std", 0.02, "the same prediction everywhere"),)
 
     def __init__(self, encoder: Encoder, corruption: Corruption = Corruption()):
         super().__init__()

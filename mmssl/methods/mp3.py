@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl import losses, random
-from mmssl.methods.method import AtLeast2, Method, Normal
+from mmssl.methods.method import AtLeast2, Method
 from mmssl.model.encoder import Encoder, init_linear
 from mmssl.model.positions import NoPositions
 from mmssl.parts import Network
@@ -22,7 +22,6 @@ class MP3(Method):
     """
 
     paper, family, modalities, coverage = "arXiv:2207.07611", "predictive", ("vision", "speech", "spectrogram", "text"), (103,)
-    normal = (Normal("encoder_std", 0.02, "collapsed: all tokens are alike"),)
 
     def __init__(self, encoder: Encoder, ratio: float = 0.75, places: AtLeast2 | None = None):
         """ratio: share of the tokens that are no keys.  places: classes; as many as the longest input has tokens if None."""

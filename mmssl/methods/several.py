@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +24,6 @@ class Several(Method):
         for name, module in shared.items():
             self.add_module(name, module)
         self.members = nn.ModuleDict(dict(members))
-        self.normal = tuple(  # type: ignore[misc]
-            normal for method in members.values() for normal in method.normal
-        )
         share_averages([part for part in self.parts() if isinstance(part, Teacher)])
 
     def methods(self) -> list[tuple[str, Method]]:
@@ -36,16 +34,18 @@ class Several(Method):
         """Of each member."""
         return {f"{name}.{metric}": value for name, one in self.methods() for metric, value in one.health(clock).items()}
 
-    def judge(self, health: Mapping[str, float]) -> list[str]:
+    def judge(self, line: Mapping[str, Any], first: Mapping[str, Any] = {}) -> list[str]:
         """Of each member, by its name."""
-        found = []
-        for name, method in self.methods():
-            own = {
-                f"health/{m.removeprefix(f'health/{name}.')}": v for m, v in health.items() if m.startswith(f"health/{name}.")
-            }
-            found += [f"{name}: {said}" for said in method.judge(own)]
-        return found
+        each = ((name, method.judge(own(line, name), own(first, name))) for name, method in self.methods())
+        return [f"{name}: {said}" for name, told in each for said in told]
 
     def guards(self) -> tuple[Guard, ...]:
         """Of each member."""
         return tuple(guard._replace(metric=f"{name}.{guard.metric}") for name, one in self.methods() for guard in one.guards())
+
+
+def own(line: Mapping[str, Any], member: str) -> dict[str, Any]:
+    """The part of a line of metrics.jsonl that is about a member, as if it were alone."""
+    start = f"health/{member}."
+    found = {f"health/{name[len(start) :]}": value for name, value in line.items() if name.startswith(start)}
+    return found | {name: line[name] for name in ("step",) if name in line}

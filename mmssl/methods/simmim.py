@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmssl import losses
-from mmssl.methods.method import Method, Normal, check_raw, masked_share
+from mmssl.methods.method import Method, check_raw, masked_share
 from mmssl.model.encoder import Encoder, init_linear
 from mmssl.model.mask_token import MaskToken
 from mmssl.parts import Network
@@ -20,7 +20,6 @@ class SimMIM(Method):
 
     paper, family, modalities, coverage = "arXiv:2111.09886", "masked", ("vision",), (87,)
     masks = True
-    normal = (Normal("prediction_std", 0.02, "the same prediction everywhere"),)
 
     def __init__(self, encoder: Encoder):
         super().__init__()

@@ -25,11 +25,7 @@ class SiT(JointEmbedding):
 
     paper, coverage = "arXiv:2104.03602", (93,)
     family, modalities = "masked", ("vision",)
-    normal = (
-        *JointEmbedding.normal,
-        Normal("prediction_std", 0.02, "the same prediction everywhere"),
-        Normal("altered_share", 0.02, "hardly anything is overwritten; raise method.corruption.share"),
-    )
+    normal = (Normal("altered_share", 0.02, "hardly anything is overwritten; raise method.corruption.share"),)
 
     def __init__(
         self,

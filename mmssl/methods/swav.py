@@ -22,8 +22,7 @@ class SwAV(JointEmbedding):
     paper, coverage = "arXiv:2006.09882", (14, 15)
     crops = True
     normal = (
-        *JointEmbedding.normal,
-        Normal("code_use", 0.1, "collapsed: all samples get the same few prototypes"),
+        Normal("code_use", 0.1, "collapsed: one prototype, or a few, takes all"),
         Normal("prediction_entropy", 0.0, "", 0.995, "predictions are uniform: freeze prototypes longer or lower method.eps"),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmssl import losses
-from mmssl.methods.method import Method, Normal, check_raw
+from mmssl.methods.method import Method, check_raw
 from mmssl.model.encoder import Encoder, init_linear
 from mmssl.parts import Network
 from mmssl.types import Batch, Clock, Encoded, Rebuilt, StepOutput, View
@@ -15,7 +15,6 @@ class TERA(Method):
     """Liu et al. 2020, arXiv:2007.06028: rebuild what was altered of an utterance in time, frequency and magnitude."""
 
     paper, family, modalities, coverage = "arXiv:2007.06028", "masked", ("spectrogram",), (94,)
-    normal = (Normal("prediction_std", 0.02, "the same prediction everywhere"),)
 
     def __init__(self, encoder: Encoder):
         super().__init__()

@@ -15,7 +15,7 @@ class VICReg(JointEmbedding):
     """Bardes et al. 2021, arXiv:2105.04906: views agree, dimensions vary, and no two of them vary together."""
 
     paper, coverage = "arXiv:2105.04906", (17,)
-    normal = (*JointEmbedding.normal, Normal("spread", 0.1, "collapsed: projections shrink to a point"))
+    normal = (Normal("spread", 0.1, "collapsed: projections shrink to a point"),)
 
     def __init__(
         self,

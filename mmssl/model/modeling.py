@@ -25,7 +25,7 @@ class MmsslModel(PreTrainedModel):
 
     config_class = MmsslConfig
     config: MmsslConfig
-    base_model_prefix = "encoder"
+    base_model_prefix = "mmssl"  # of models with a head
     _supports_sdpa = True
 
     def __init__(self, config: MmsslConfig):

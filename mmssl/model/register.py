@@ -14,14 +14,18 @@ TRIGGER = "transformers.models.auto.modeling_auto"
 
 
 def auto_classes() -> None:
-    """Register with AutoConfig and AutoModel."""
+    """Register with AutoConfig, AutoModel and the classes of tasks."""
+    import transformers
     from transformers import AutoConfig, AutoModel
 
     from mmssl.model.configuration import MmsslConfig
     from mmssl.model.modeling import MmsslModel
+    from mmssl.model.tasks import TASKS
 
     AutoConfig.register("mmssl", MmsslConfig, exist_ok=True)
     AutoModel.register(MmsslConfig, MmsslModel, exist_ok=True)
+    for name, task in TASKS.items():
+        getattr(transformers, name).register(MmsslConfig, task, exist_ok=True)
 
 
 def when_transformers_loads() -> None:

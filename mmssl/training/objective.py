@@ -72,6 +72,8 @@ class Objective(nn.Module):
         dim = method.student.encoder.dim
         self.standardise = Standardise(dim)
         self.probe = nn.Linear(dim, classes) if classes else None
+        self.outputs: dict[str, list[Tensor]] = {"": []}  # (B, D) pooled, of the micro-batches of the last update
+        self.seen = -1  # that update
         if self.probe is not None:  # from zero, so that its start needs no random draw
             nn.init.zeros_(self.probe.weight)
             nn.init.zeros_(self.probe.bias)
@@ -121,6 +123,7 @@ class Objective(nn.Module):
         out = {"total": loss, "loss": loss.detach()}
         out |= {f"loss/{name}": term.detach() for name, term in losses.items()}
         out |= {f"health/{name}": value.detach() for name, value in health.items()}
+        self._keep(embedding, clock)
         if self.probe is not None and embedding is not None:
             logits, labels = self.probe(self.standardise(embedding.float())), tensors["label"]
             known = (labels >= 0).sum().clamp(min=1)  # a batch without any label adds zero, not NaN
@@ -128,6 +131,10 @@ class Objective(nn.Module):
         if weights:
             out = {name: value if name.startswith("health/") else value * share for name, value in out.items()}
         return out if bound is None else out | {"bound": bound}
+
+    def _keep(self, embedding: Tensor | None, clock: Clock) -> None:
+        rows = self.outputs[""] if self.seen == clock.step else []
+        self.outputs, self.seen = {"": rows if embedding is None else [*rows, embedding.detach()]}, clock.step
 
     @property
     def probes(self) -> list[nn.Linear]:
@@ -201,6 +208,11 @@ class JointObjective(nn.Module):
                     sums[total].append(value if total == "total" else value.detach())
                 out[inside(each, BINDING)] = value.detach()
         return {each: torch.stack(parts).sum() for each, parts in sums.items()} | out
+
+    @property
+    def outputs(self) -> dict[str, list[Tensor]]:
+        """Member -> (B, D) pooled, of the micro-batches of the last update."""
+        return {name: self._member(name).outputs[""] for name in self.members}
 
     def _member(self, name: str) -> Objective:
         found: Any = self.members[name]

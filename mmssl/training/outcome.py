@@ -53,7 +53,27 @@ def finish(folder: Path) -> int:
             scores = {n.split("/", 1)[1]: v for n, v in summary(folder).items() if n.startswith("probe/")}
             told = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
             print(f"The encoder is in {folder / 'model'}" + (f" ({told})." if told else "."))
+            print(f"The report is {illustrated(folder)}")
     return 0
+
+
+def illustrated(folder: Path) -> Path:
+    """Draw the pictures of a finished run that cost little, unless its recipe says otherwise, and write its report again.
+
+    An error is no more than a warning. Returns: the report.
+    """
+    from mmssl import report
+    from mmssl.config import load_recipe
+    from mmssl.report import figures
+
+    path = folder / "report" / "index.html"
+    try:
+        if load_recipe(folder / "config.yaml").watch.pictures:
+            figures.draw(folder, everything=False)
+        report.write(folder)
+    except Exception as error:  # whatever it is, the run itself has ended well
+        print(f"mmssl: note: not all of {path} could be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+    return path
 
 
 def summary(folder: Path) -> dict[str, Any]:

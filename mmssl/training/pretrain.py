@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from mmssl import stage
+from mmssl import report, stage
 from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
@@ -159,7 +160,8 @@ class Run:
                 part.split()
         folder.write_identity(recipe.dump(), sys.argv, self.facts)
         self.start = int(state.get("step", 0))
-        self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main)
+        show = partial(report.refresh, folder, recipe)
+        self.progress = Progress(folder, self.steps, self.start, quiet=not folder.is_main, probed=show)
         self.trainer = trainer(
             self.objective,
             recipe,
@@ -181,6 +183,7 @@ class Run:
             folder.read_status().get("rollbacks") or 0 if resume else 0,
         )
         self.trainer.metrics = state.get("metrics", {})
+        self.trainer.first = folder.first_metrics() if self.start else {}
         self.trainer.recent = state.get("skipped", [])
         self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
         self.last = found if self.start >= self.steps else None  # a checkpoint with no update after it
@@ -235,6 +238,8 @@ class Run:
                 if cause is not error:
                     raise cause from error
                 raise
+            finally:
+                self.progress.probed()
 
     def _train(self) -> None:
         with self.progress, following(self.recipe, self.folder, self.trainer):

@@ -29,7 +29,8 @@ from mmssl.errors import RecipeError, StorageError, storage_error
 from mmssl.redaction import HIDDEN, redact
 
 STATES = ("running", "finished", "preempted", "failed")
-FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl")
+FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl",
+         "results.json")  # fmt: skip
 FOLDERS = ("model", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
@@ -39,6 +40,7 @@ TRACES = (
     ".ranks",
     "tensorboard",
     "checkpoints/step-*",
+    "checkpoints/checkpoint-*",
     "checkpoints/.tmp-*",
     "checkpoints/.del-*",
 )
@@ -256,7 +258,7 @@ class RunFolder:
         folder = cls(path, is_main)
         if is_main:
             folder._claim(overwrite)
-            folder.status("running", step=0, steps=None, rollbacks=0, tracker=None)
+            folder.status("running", step=0, steps=None, rollbacks=0, tracker=None, health=None)
         cls.current = folder.path
         return folder
 
@@ -377,13 +379,19 @@ class RunFolder:
             return next(filter(None, map(_parse, reversed(file.read().decode("utf-8", "replace").splitlines()))), {})
         return {}
 
+    def first_metrics(self) -> dict[str, Any]:
+        """The first line of metrics.jsonl of an update that was applied, {} if there is none."""
+        with suppress(OSError), self.metrics.open(encoding="utf-8", errors="replace") as file:
+            return next((line for line in map(_parse, file) if line and line.get("loss") is not None), {})
+        return {}
+
     def status(self, state: str, **facts: Any) -> None:
         """Replace status.json at once.
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, launch, rollbacks, tracker (its id there), error (text), code, ...; the first five stay as they
-                were if not given.
+            facts: step, steps, launch, rollbacks, tracker (its id there), health (in words), error (text), code, ...; the first
+                six stay as they were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -392,7 +400,7 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks", "tracker")}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks", "tracker", "health")}
         known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")

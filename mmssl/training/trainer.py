@@ -20,10 +20,11 @@ from mmssl.config import Settings
 from mmssl.data.quarantine import Quarantine
 from mmssl.distributed import all_max, all_sum, check_world, limit_groups, world
 from mmssl.errors import CollapseError, DataError, MmsslError, NonFiniteError, RecipeError
+from mmssl.evaluate import health
 from mmssl.training.guards import LocalGradients, RunningStatistics, forget_gradients, weights_finite
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.limits import Limits
-from mmssl.training.objective import JointObjective, Objective
+from mmssl.training.objective import JointObjective, Objective, inside
 from mmssl.training.optim import build_optimizer, check_whole, clip_each, schedule, set_rates
 from mmssl.training.order import SameOrder
 from mmssl.training.retention import Retention
@@ -32,6 +33,7 @@ from mmssl.training.state import load_optimizer_state
 from mmssl.training.watchdog import PATIENCE
 from mmssl.types import Clock
 
+HEALTHY = "healthy"  # verdict of a line in which nothing is wrong
 RECENT = 1000  # updates among which those that were left out are counted
 
 
@@ -143,6 +145,7 @@ class SelfSupervisedTrainer(Trainer):
         self.samples = 0  # of this rank, since it was started
         self.last_log = (time.perf_counter(), 0)  # and samples by then
         self.metrics: dict[str, float] = {}
+        self.first: dict[str, Any] = {}  # line of metrics.jsonl, which later ones are judged against
         self.module_parameters = [p for p in objective.method.parameters() if p.requires_grad]
         self.statistics = RunningStatistics(objective.method)
         self.gradients = LocalGradients(objective.method) if self.is_deepspeed_enabled else None
@@ -443,8 +446,9 @@ class SelfSupervisedTrainer(Trainer):
             means = all_sum(torch.stack([self.sums[name].float() for name in names])) / (self.terms * world())
             line |= dict(zip(names, means.tolist()))
             line |= {f"health/{name}": value for name, value in self.objective.method.health(self.clock).items()}
-            if self.objective.method.normal:
-                line["verdict"] = "; ".join(self.objective.method.judge(line)) or "normal"
+            line |= self._outputs()
+            self.first = self.first or line
+            line["verdict"] = "; ".join(self.objective.method.judge(line, self.first)) or HEALTHY
         line["lr"] = self.lr
         line["epoch"] = round(self.state.global_step / self.epoch_steps, 3)
         if grad_norm is not None:
@@ -454,6 +458,17 @@ class SelfSupervisedTrainer(Trainer):
         self.sums, self.terms, self.skipped_since_log, self.last_log = {}, 0, 0, (now, self.samples)
         self._emit(line)
         return line
+
+    def _outputs(self) -> dict[str, float]:
+        """How the pooled outputs of the last update differ, as a mean over the ranks that have enough of them."""
+        found: dict[str, float] = {}
+        for member, rows in self.objective.outputs.items():
+            mine = health.of_outputs(torch.cat(rows)) if rows else {}
+            counted = [[mine.get(name, 0.0), float(name in mine)] for name in health.OUTPUTS]
+            sums = all_sum(torch.tensor(counted, device=self.args.device)).tolist()
+            each = zip(health.OUTPUTS, sums, strict=True)
+            found |= {inside(f"health/{name}", member): total / ranks for name, (total, ranks) in each if ranks}
+        return found
 
     def seen_by_all(self, samples: int) -> int:
         """The sum over ranks."""

@@ -3,6 +3,7 @@
 from mmssl.registry import Modality
 from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.speech.features import SpeechFeatures
+from modalities.speech.picture import sketch
 from modalities.speech.processor import plain_views, processor, stated
 from modalities.speech.views import SpeechViews
 
@@ -59,4 +60,6 @@ MODALITY = Modality(
     defaults=DEFAULTS,
     native="modalities.speech.convert",
     stated=stated,
+    tune="modalities.speech.tune",
+    sketch=sketch,
 )

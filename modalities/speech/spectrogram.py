@@ -8,7 +8,7 @@ from mmssl.registry import Modality
 from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw
 from modalities.speech.mel_features import MelFeatures
 from modalities.speech.mel_views import MelViews
-from modalities.speech.picture import draw
+from modalities.speech.picture import draw, sketch
 
 # Of AudioSet: the published -4.27 and 4.57 (arXiv:2207.06405) are for a full scale of 1, Kaldi's is 2^15: 2 ln 2^15 more.
 # The standard deviation is doubled, as in the authors' code.
@@ -91,4 +91,6 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     draw=draw,
+    tune="modalities.speech.tune",
+    sketch=sketch,
 )

@@ -3,7 +3,7 @@
 from mmssl.registry import Modality
 from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw
 from modalities.text.features import TextFeatures
-from modalities.text.picture import draw
+from modalities.text.picture import draw, sketch
 from modalities.text.processor import plain_views, processor, stated
 from modalities.text.views import TextViews, configure
 
@@ -71,4 +71,6 @@ MODALITY = Modality(
     "modalities.text.convert",
     draw,
     stated=stated,
+    tune="modalities.text.tune",
+    sketch=sketch,
 )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from mmssl.types import Rebuilt
+from mmssl.types import Rebuilt, View
 
 WIDTH, TOKENS, LEAST = 110, 100, 8  # characters of a line; tokens of a sample; characters that a guess may have
+COLUMNS, FEW = 74, 24  # characters of a line of a text that stands alone; tokens of it without colours
 SIZE, LINE, MARGIN = 12, 16, 8  # pixels: of letters, from line to line, around all
 BLACK, GREY, MARKED, RIGHT, WRONG = "#000000", "#808080", "#dcdcdc", "#007d2a", "#c4001d"
 
@@ -97,3 +99,36 @@ def _font() -> Path:
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
+
+
+def sketch(view: View, views: Any, features: Any, colours: Tensor | None = None) -> list[Image.Image]:
+    """The first tokens of each text of a plain view, on the colours of theirs, (B, L, 3) in 0..1, if they are given."""
+    font = ImageFont.truetype(str(_font()), SIZE)
+    return [_page(*each, views, font) for each in _texts(view, colours)]
+
+
+def _texts(view: View, colours: Tensor | None) -> Iterator[tuple[list[int], list[list[float]] | None]]:
+    """Ids of each text that are shown, and their colours."""
+    for row, ids in enumerate(view.x):
+        own = ids if view.pad is None else ids[~view.pad[row]]
+        shown = min(len(own), TOKENS if colours is not None else FEW)
+        yield own[:shown].tolist(), None if colours is None else colours[row, :shown].tolist()
+
+
+def _page(ids: list[int], colours: list[list[float]] | None, views: Any, font: Any) -> Image.Image:
+    step, places, left, top = font.getlength("0"), [], 0, 0
+    for token in ids:
+        piece = _piece(views.tokenizer, token)[:COLUMNS]
+        left += int(bool(views.pieces.opens[token]) and left > 0)
+        if left + len(piece) > COLUMNS:
+            left, top = 0, top + LINE
+        places.append((piece, left * step, top))
+        left += len(piece)
+    sheet = Image.new("RGB", (round(COLUMNS * step), top + LINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (piece, x, y) in enumerate(places):
+        if colours is not None:  # pale, so that letters can be read
+            pale = tuple(round(255 * (0.45 + 0.55 * part)) for part in colours[place])
+            pen.rectangle((x, y, x + len(piece) * step, y + LINE - 2), fill=pale)
+        pen.text((x, y), piece, BLACK, font)
+    return sheet

@@ -3,7 +3,7 @@
 from mmssl.registry import Modality
 from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw
 from modalities.vision.features import PatchFeatures
-from modalities.vision.picture import draw
+from modalities.vision.picture import draw, sketch
 from modalities.vision.processor import plain_views, processor, stated
 from modalities.vision.views import ImageViews
 
@@ -92,4 +92,6 @@ MODALITY = Modality(
     native="modalities.vision.convert",
     draw=draw,
     stated=stated,
+    tune="modalities.vision.tune",
+    sketch=sketch,
 )

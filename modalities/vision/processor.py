@@ -33,7 +33,7 @@ def plain_views(model: Any, path: Any) -> ImageViews:
     try:
         saved = AutoImageProcessor.from_pretrained(str(path), trust_remote_code=False)
         mean, std = tuple(saved.image_mean), tuple(saved.image_std)
-        size = size or _side(saved)  # a network of convolutions takes any size, its config names none
+        size = size or side(saved)  # a network of convolutions takes any size, its config names none
     except (OSError, ValueError, TypeError, AttributeError):
         mean, std = IMAGENET_MEAN[:channels], IMAGENET_STD[:channels]
     size = size or 224
@@ -57,7 +57,7 @@ def stated(path: str, model: dict[str, Any]) -> dict[str, Any]:
     return {name: [sum(values) / len(values)] * channels for name, values in found.items()}
 
 
-def _side(saved: Any) -> int | None:
+def side(saved: Any) -> int | None:
     """What an image processor leaves of an image, in pixels; None if it does not say."""
     cropped, resized = (dict(getattr(saved, name, None) or {}) for name in ("crop_size", "size"))
     return cropped.get("height") or resized.get("shortest_edge") or resized.get("height")

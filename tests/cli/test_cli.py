@@ -227,6 +227,14 @@ def test_a_missing_word_is_named():
         parse([], ("RUN",))
 
 
+def test_the_last_word_may_be_several():
+    options = {"deep": OPTIONS["deep"]}
+    assert parse(["a", "b/x=1", "deep=true", "c"], ("RUN...",), options)["run"] == ["a", "b/x=1", "c"]
+    assert parse(["a", "b"], ("FILE", "RUN..."), options)["run"] == ["b"]
+    with pytest.raises(RecipeError, match="RUN: missing"):
+        parse(["deep=true"], ("RUN...",), options)
+
+
 def test_options_are_described():
     text = describe(OPTIONS)
     for line in ("k=INT [20]  neighbours", "which=student|teacher [student]", "to=PATH (required)", "name=STR  a name"):

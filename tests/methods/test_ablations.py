@@ -135,6 +135,6 @@ def test_each_line_of_a_run_says_so(image_folder, tmp_path, trained):
     def shrink(run):
         run.objective.method.student.projector[-1].weight.data.zero_()
 
-    for change, words in ((lambda run: None, "normal"), (shrink, "collapsed: ")):
+    for change, words in ((lambda run: None, "healthy"), (shrink, "collapsed: ")):
         lines = trained(Recipe.load(path, f"out={tmp_path / 'run'}"), change).lines
         assert [line["verdict"].startswith(words) for line in lines if "loss" in line] == [True, True]
