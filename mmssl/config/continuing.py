@@ -42,8 +42,9 @@ def adopt(raw: dict[str, Any], options: Callable[[Modality], dict[str, Any]]) ->
     """
     model, method = raw.get("model"), raw.get("method")
     init = model.get("init") if isinstance(model, dict) else None
-    name = method.get("name") if isinstance(method, dict) else method
-    auto = isinstance(name, str) and AUTO in name.split("+")
+    name = method.get("name") if isinstance(method, dict) else None
+    names = name.split("+") if isinstance(name, str) else []
+    auto = AUTO in names
     if not isinstance(init, str) or not isinstance(model, dict):
         if auto:
             raise RecipeError("method.name: auto chooses what suits the model to go on from; give model.init, or name a method")
@@ -60,7 +61,7 @@ def adopt(raw: dict[str, Any], options: Callable[[Modality], dict[str, Any]]) ->
         raw["views"] = (kind.stated(init, given) if kind.stated else {}) | (raw.get("views") or {})
     if auto and isinstance(method, dict):
         chosen = _method(kind, config, released)
-        method["name"] = "+".join(chosen if one == AUTO else one for one in name.split("+"))
+        method["name"] = "+".join(chosen if one == AUTO else one for one in names)
         if chosen.startswith("data2vec") and config.depth < 10:  # layers that it averages if nothing is said
             place = method if method["name"] == chosen else method.setdefault(chosen, {})
             place.setdefault("top_k", config.depth)
@@ -84,15 +85,13 @@ def _read(init: str) -> tuple[Modality, Any, Any]:
     from mmssl.model.released import load_encoder, modality_of
 
     try:
-        network = load_encoder(init)
+        network: Any = load_encoder(init)
+        shared = network.config if network.config.model_type == "mmssl" else None
+        if shared is not None and shared.members:
+            raise RecipeError(f"{init} takes {' and '.join(shared.members)}; name the folder of one, {init}/NAME")
         kind = modality_of(network)
     except RecipeError as error:
         raise RecipeError(f"model.init: {error}") from None
-    shared: Any = network.config if network.config.model_type == "mmssl" else None
-    if shared is not None and shared.members:
-        raise RecipeError(
-            f"model.init: {init} takes {' and '.join(shared.members)}; name the folder of one, such as {init}/NAME"
-        )
     if shared is not None and shared.backbone:
         return kind, None, AutoConfig.for_model(**shared.backbone)
     return kind, copy.deepcopy(shared), AutoConfig.from_pretrained(init, trust_remote_code=False)

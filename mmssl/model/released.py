@@ -52,7 +52,8 @@ def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
 
     Raises: RecipeError if all that leaves it open.
     """
-    name = getattr(model.config, "modality", None) if model.config.model_type == "mmssl" else told
+    config: Any = model.config
+    name = getattr(config, "modality", None) if getattr(config, "model_type", None) == "mmssl" else told
     if name is not None:
         return modality(str(name))
     takes, fitting = getattr(model, "main_input_name", None), []

@@ -11,9 +11,10 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate import health
 from mmssl.evaluate import probe as module
 from mmssl.evaluate.probe import _runner, inputs_of, modality_of, untrained
+from mmssl.model import released
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
-from mmssl.registry import Modality
+from mmssl.registry import Modality, modality
 from mmssl.types import Batch, View
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -106,8 +107,8 @@ def installed(monkeypatch):
             raise RecipeError(f"data.modality: {name}")
         return kinds[name]
 
-    monkeypatch.setattr(module, "modality", find)
-    monkeypatch.setattr(module, "modalities", lambda: [*kinds, "broken"])
+    monkeypatch.setattr(released, "modality", find)
+    monkeypatch.setattr(released, "modalities", lambda: [*kinds, "broken"])
 
 
 def taking(name, **config):
@@ -147,7 +148,7 @@ def test_groups_are_numbered_alike_in_both_splits(tmp_path):
 
     def part(split):
         source = SimpleNamespace(facts={"split": split})
-        return SimpleNamespace(data=SimpleNamespace(kind=module.modality("text"), source=source))
+        return SimpleNamespace(data=SimpleNamespace(kind=modality("text"), source=source))
 
     assert module._groups(part("train"), where, "speaker").tolist() == [2, 0, 2]
     assert module._groups(part("test"), where, "speaker").tolist() == [0, 1]
