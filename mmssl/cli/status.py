@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     facts = {
         "run": given["run"],
         "verdict": verdict,
-        **{name: status.get(name) for name in ("state", "step", "steps", "error")},
+        **{name: status.get(name) for name in ("state", "step", "steps", "error", "change")},
         "checkpoint": None if newest is None else checkpoint.step_of(newest),
         "metrics": folder.last_metrics(),
         "seconds_since_write": round(folder.silence(), 1),
@@ -57,6 +57,7 @@ def _text(facts: dict) -> str:
         "metrics": metrics or "none yet",
         "last write": f"{facts['seconds_since_write']:.0f} s ago",
         "checkpoint": "none" if facts["checkpoint"] is None else f"step {facts['checkpoint']}",
+        "gained": facts["change"],
         "error": facts["error"],
         "continue": resume,
     }

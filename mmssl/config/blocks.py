@@ -192,6 +192,9 @@ class WatchOptions(Options):
     samples: int = Field(5000, ge=20, description="At most this many samples of each split.")
     neighbours: int = Field(20, ge=1)
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
+    change: bool = Field(
+        True, description="At the end, compare the exported encoder with what the run started from, see docs/evaluation.md."
+    )
     guard: dict[str, float] = Field(
         default_factory=dict,
         description="Least value of a health metric, such as {target_std: 0.1}; see watch.on_collapse. wav2vec2 guards its "

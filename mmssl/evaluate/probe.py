@@ -25,9 +25,17 @@ from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
 
 
-def _open(
+def open_data(
     model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any], few: tuple[float, int] | None = None
 ) -> tuple[Sets, DataOptions]:
+    """The sets that a model is measured on, under the views that it was trained for.
+
+    Args:
+        path: folder or id of the model.
+        options: `column`, `label`, `root`, `modality`, which are taken out, and those of `watch`.
+        few: see `open_sets`.
+    Raises: RecipeError.
+    """
     kind = modality_of(model, options.pop("modality", None))
     try:
         watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
@@ -104,11 +112,14 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
-def _one(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | Path]:
-    """A model to measure and where it lies: that of a member, if the model is one of several kinds of data.
+def open_model(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | Path]:
+    """A model to measure and where it lies: that of a run folder, or of a member, if it is one of several kinds of data.
 
     Raises: RecipeError if it is left open which.
     """
+    inner = Path(model) / "model"
+    if not (Path(model) / "config.json").exists() and (inner / "config.json").is_file():
+        model = inner
     network = load_encoder(model)
     members = getattr(network.config, "members", None) or {}
     if not members and member is None:
@@ -127,8 +138,8 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _runner(model: torch.nn.Module, cls_layers: int = 0) -> Any:
-    """Flat batch -> pooled `embedding` (B, D), and the `cls` tokens of the last layers (B, cls_layers, D) if asked for."""
+def runner(model: torch.nn.Module, cls_layers: int = 0) -> Any:
+    """Function: flat batch -> pooled `embedding` (B, D), and the `cls` tokens of the last layers (B, cls_layers, D)."""
     device = _device()
     model.to(device).eval()
 
@@ -167,13 +178,13 @@ def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
     """Embeddings of the `train` split of a data set.
 
     Args:
-        model: folder or Hub id.  data: folder, table or Hub id.
+        model: folder, run folder or Hub id.  data: folder, table or Hub id.
         options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`; `member` of a model of several
             kinds of data.
     Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
     """
-    network, place = _one(model, options.pop("member", None))
-    rows = embed_set(_open(network, place, data, options)[0].train, _runner(network))
+    network, place = open_model(model, options.pop("member", None))
+    rows = embed_set(open_data(network, place, data, options)[0].train, runner(network))
     return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
@@ -195,7 +206,7 @@ def probe(
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
 
     Args:
-        model: folder or Hub id.  data: labelled folder, table or Hub id.
+        model: folder, run folder or Hub id.  data: labelled folder, table or Hub id.
         random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
         seed: of that, of `labels`, and of the draws of protocols.
         group: column, such as the speaker, whose values are left out one by one in a further linear probe over both splits.
@@ -220,9 +231,9 @@ def probe(
         name = next(name for name, value in changes.items() if value is not None)
         raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
     protocols = {} if protocol is None else choose(protocol, k, **changes)
-    network, place = _one(model, options.pop("member", None))
+    network, place = open_model(model, options.pop("member", None))
     layers = _cls_layers(protocols, network)
-    sets, where = _open(network, place, data, options, None if labels is None else (labels, seed))
+    sets, where = open_data(network, place, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
     groups = [_groups(part, where, group) if group else None for part in (sets.train, sets.test)]
@@ -231,8 +242,9 @@ def probe(
     if random:
         networks = {"random": untrained(network, seed), **networks}
     for name, candidate in networks.items():
-        run = _runner(candidate, layers)
+        run = runner(candidate, layers)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
+        check_rows(bank, test, f"{model}{' untrained' if name == 'random' else ''}", data)
         if "raw" not in results:
             centre = bank["raw"].mean(0)
             results["raw"] = {"knn": knn_accuracy(bank["raw"] - centre, bank["label"], test["raw"] - centre, test["label"], k)}
@@ -249,7 +261,7 @@ def probe(
             views = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
             results[name]["metrics"] = {
                 **health.of_set(bank["embedding"]),
-                **health.of_views(*_shared(*views)),
+                **health.of_views(*shared(*views)),
                 **health.of_classes(bank["embedding"], bank["label"], seed),
             }
         if group:
@@ -258,6 +270,18 @@ def probe(
                 results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
             results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
     return results
+
+
+def check_rows(bank: Rows, test: Rows, model: str | Path, data: str) -> None:
+    """Whether classifiers can learn from a model's embeddings of the training split. Raises: RecipeError."""
+    if len(bank["label"].unique()) < 2:
+        raise RecipeError(
+            f"data: the training samples of {data} are of one class, and classifying takes two; see its labels (label=COLUMN)."
+        )
+    if not len(test["label"]):
+        raise RecipeError(f"data: no test sample of {data} can be read.")
+    if not all(bool(rows["embedding"].isfinite().all()) for rows in (bank, test)):
+        raise RecipeError(f"{model}: its embeddings of {data} are not finite; the model has diverged, take another checkpoint.")
 
 
 def untrained(network: Any, seed: int) -> Any:
@@ -269,10 +293,15 @@ def untrained(network: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(network)(network.config)
+    keep_measured(fresh, network)
+    return fresh
+
+
+def keep_measured(fresh: torch.nn.Module, network: torch.nn.Module) -> None:
+    """Give a network what another of the same shape has measured of data."""
     for own, trained in zip(fresh.modules(), network.modules(), strict=True):
         for name in getattr(own, "measured", ()):
             getattr(own, name).copy_(getattr(trained, name))
-    return fresh
 
 
 def _measured(
@@ -294,7 +323,7 @@ def _measured(
     return measure(protocols, moved(bank), moved(test), sets.classes, seed, drawn)
 
 
-def _shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
+def shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
     """Embeddings of the samples that are in both: a random view may be refused, such as a crop without any sound."""
     both = set(first["index"].tolist()) & set(second["index"].tolist())
     one, other = ([place for place, i in enumerate(rows["index"].tolist()) if i in both] for rows in (first, second))

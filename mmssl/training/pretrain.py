@@ -19,6 +19,7 @@ from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import modelling_code
 from mmssl.parts import Teacher
 from mmssl.training import checkpoint
+from mmssl.training.change import change, told
 from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
@@ -32,6 +33,7 @@ from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.saving import Proof, complete, has_saved, load_run, newest, reopen, rewind, save_run
 from mmssl.training.signals import Signals
+from mmssl.training.state import model_state
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.training.watchdog import Watchdog
@@ -179,6 +181,7 @@ class Run:
             lambda trainer: record(trainer, folder, {member.name: member.place for member in members}),
             self._rewind,
             folder.read_status().get("rollbacks") or 0 if resume else 0,
+            self.conclude,
         )
         self.trainer.metrics = state.get("metrics", {})
         self.trainer.recent = state.get("skipped", [])
@@ -245,7 +248,8 @@ class Run:
         if self.last is not None:
             complete(self.recipe, self.views, self.folder, self.last)
         step = self.trainer.state.global_step
-        self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
+        state = "preempted" if step < self.steps else "finished"
+        self.folder.status(state, step=step, steps=self.steps, change=told(self.trainer.metrics))
 
     def record(self, error: BaseException) -> None:
         """Leave the cause of a failure in status.json."""
@@ -255,6 +259,11 @@ class Run:
         """Pictures, and the metrics of all members and of what binds them; a collective."""
         found = {name: value for member in self.members for name, value in member.measure(trainer).items()}
         return found | (self.crossing.measure(trainer) if self.crossing else {})
+
+    def conclude(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+        """How the exported encoder compares with what the run started from, if that is watched; a collective."""
+        sets = {member.name: member.probes.sets if member.recipe.watch.change else None for member in self.members}
+        return change(trainer, self.recipe, sets, model_state(trainer.objective)) if any(sets.values()) else {}
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))

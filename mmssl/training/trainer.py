@@ -85,6 +85,7 @@ class SelfSupervisedTrainer(Trainer):
             what an error should say about its samples.
         rewind: goes back to a checkpoint because of that error, on all ranks; None where there is nothing to go back to.
         quarantine: counts unreadable samples.
+        conclude: what is measured in addition when the run ends; on all ranks.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class SelfSupervisedTrainer(Trainer):
         skipped: Callable[[SelfSupervisedTrainer], str] = lambda _: "",
         rewind: Callable[[SelfSupervisedTrainer, MmsslError], None] | None = None,
         rollbacks: int = 0,
+        conclude: Callable[[SelfSupervisedTrainer], dict[str, float]] = lambda _: {},
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
@@ -131,6 +133,7 @@ class SelfSupervisedTrainer(Trainer):
         self.norm: float | None = None  # of its gradients, if it came to them
         self.told = ""  # about the samples of the last update that was left out
         self.note_skip, self.rewind, self.rollbacks = skipped, rewind, rollbacks
+        self.conclude = conclude
         self.warned: set[str] = set()  # metrics below the guard
         self.retention = Retention(steps, recipe.save)
         self.failed_saves = 0  # in a row
@@ -429,6 +432,8 @@ class SelfSupervisedTrainer(Trainer):
         then = time.perf_counter()
         try:
             self.metrics = self.probe(self)
+            if self.state.global_step >= self.steps:
+                self.metrics = self.metrics | self.conclude(self)
         except Interrupted:
             return self._stop(self.control)
         self._pause(then)

@@ -10,7 +10,7 @@ from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
 from mmssl.evaluate import probe as module
-from mmssl.evaluate.probe import _runner, inputs_of, modality_of, untrained
+from mmssl.evaluate.probe import inputs_of, modality_of, runner, untrained
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
 from mmssl.registry import Modality
@@ -22,7 +22,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def embedded(model, view) -> torch.Tensor:
     torch.manual_seed(0)
     with torch.no_grad():
-        return _runner(model)(Batch([view], torch.arange(len(view.x))).tensors())["embedding"]
+        return runner(model)(Batch([view], torch.arange(len(view.x))).tensors())["embedding"]
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_cls_tokens_are_those_of_the_last_blocks_after_the_norm(asked, layers, t
     torch.nn.init.normal_(transformer.norm.weight)
     view = View(torch.randn(2, 3, 8, 8), "vision")
     with torch.no_grad():
-        found = _runner(tiny_model, asked)(Batch([view], torch.arange(2)).tensors())["cls"]
+        found = runner(tiny_model, asked)(Batch([view], torch.arange(2)).tensors())["cls"]
         by_hand = [torch.nn.functional.layer_norm(x[:, 0], (8,), eps=1e-6) for x in outputs[3 - layers :]]
         scaled = [x * transformer.norm.weight + transformer.norm.bias for x in by_hand]
     assert_close(found.flatten(1), torch.cat(scaled, 1))
