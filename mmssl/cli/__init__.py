@@ -27,6 +27,7 @@ VERBS = {
     "replay": "the batch of an update that was not applied, sample by sample",
     "probe": "k-NN and linear accuracy of a model on labelled data",
     "compare": "which of several models is better: mmssl compare A B [C ...] data=FOLDER",
+    "embed": "features of a data set as parquet, npy or safetensors: mmssl embed MODEL data=... out=FILE",
     "measure": "the probes of a run again: mmssl measure RUN [key=value ...]",
     "export": "write the encoder of a run as a model folder",
     "push": "send the encoder of a run to the Hub: mmssl push RUN ORG/NAME",

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from mmssl.errors import RecipeError
-from mmssl.evaluate import health
 from mmssl.evaluate.agreement import cka
-from mmssl.evaluate.features import Sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.intervals import Interval, interval, paired, resampled
 from mmssl.evaluate.knn import knn_right
 from mmssl.evaluate.linear import linear_right
-from mmssl.evaluate.probe import check_rows, modality_of, open_data, open_model, runner, shared
+from mmssl.evaluate.probe import check_rows, label_free, modality_of, open_data, open_model, runner
 from mmssl.evaluate.protocols import Rows
 
 MEASURES = {"linear": "linear", "knn": "k-NN"}  # by the names under which they are told
@@ -70,13 +68,6 @@ def compare(
     for name, scores in found.pop("models").items():
         results[name] = scores | results[name]
     return {"models": results, **found}
-
-
-def label_free(sets: Sets, run: Any, bank: Rows, seed: int) -> dict[str, float]:
-    """Metrics of the training split and of two random views of it, with those that labels show where there are any."""
-    first, second = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
-    found = {**health.of_set(bank["embedding"]), **health.of_views(*shared(first, second))}
-    return found | (health.of_classes(bank["embedding"], bank["label"], seed) if sets.test is not None else {})
 
 
 def same_samples(rows: Mapping[str, tuple[Rows, Rows | None]]) -> dict[str, tuple[Rows, Rows | None]]:

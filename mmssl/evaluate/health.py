@@ -14,6 +14,10 @@ from mmssl.evaluate import agreement, collapse
 from mmssl.losses.numerics import unit_rows
 from mmssl.losses.statistics import log_potential
 
+OF_SET = (
+    *("rankme", "effective_rank", "alpha_req", "embedding_std"),
+    *("correlation", "redundant", "dead", "common", "residual", "uniformity"),
+)
 PAIRS = 4096  # samples of which all pairs are compared
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,20 @@ from mmssl.config import DataOptions, WatchOptions, explain
 from mmssl.data.sources import open_source
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
+from mmssl.evaluate.attentive import Attentive
 from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
+from mmssl.evaluate.layers import LAYER, layer_scores, projector_of
 from mmssl.evaluate.linear import Linear, linear_accuracy
 from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
+from mmssl.evaluate.tokens import is_ours, layer_means, read, valid_tokens
 from mmssl.hub.export import load_encoder, member_folder
 from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
+
+MOVED = ("embedding", "cls", "tokens", "valid", "label", "index")  # rows that classifiers learn from
+TOKEN_BYTES = 8 << 30  # of tokens that are held at once
 
 
 def open_data(
@@ -56,7 +62,7 @@ def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
 
     Raises: RecipeError if all that leaves it open.
     """
-    name = getattr(model.config, "modality", None) if _ours(model) else told
+    name = getattr(model.config, "modality", None) if is_ours(model) else told
     if name is not None:
         return modality(str(name))
     takes, fitting = getattr(model, "main_input_name", None), []
@@ -72,10 +78,6 @@ def modality_of(model: torch.nn.Module, told: str | None = None) -> Modality:
     return fitting[0]
 
 
-def _ours(model: torch.nn.Module) -> bool:
-    return getattr(model.config, "model_type", None) == "mmssl"
-
-
 def inputs_of(view: View, model: torch.nn.Module) -> dict[str, Tensor]:
     """What a model is called with: the plain view under the name of its main input, and where its padding is.
 
@@ -85,7 +87,7 @@ def inputs_of(view: View, model: torch.nn.Module) -> dict[str, Tensor]:
     name = getattr(model, "main_input_name", "pixel_values")
     if view.pad is None:
         return {name: view.x}
-    if _ours(model):
+    if is_ours(model):
         return {name: view.x, "pad": view.pad}
     if name != "input_values":
         return {name: view.x, "attention_mask": (~view.pad).long()}
@@ -101,14 +103,11 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     """
     own = getattr(out, "pooler_output", None)
     tokens = out.last_hidden_state
-    if own is not None and (_ours(model) or view.x.ndim == 4):
+    if own is not None and (is_ours(model) or view.x.ndim == 4):
         return own.flatten(1)
     if view.pad is None:
         return tokens.flatten(2).mean(2) if tokens.ndim == 4 else tokens.mean(1).flatten(1)
-    valid, frames = ~view.pad, getattr(model, "_get_feature_vector_attention_mask", None)
-    if frames is not None:
-        valid = frames(tokens.shape[1], inputs["attention_mask"])
-    weights = valid.to(tokens).unsqueeze(-1)  # (B, L, 1)
+    weights = valid_tokens(tokens, view, inputs, model).to(tokens).unsqueeze(-1)  # (B, L, 1)
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
@@ -134,21 +133,43 @@ def open_model(model: str | Path, member: str | None) -> tuple[torch.nn.Module, 
     return load_encoder(place), place
 
 
-def _device() -> str:
+def local_device() -> str:
+    """That of this process."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def runner(model: torch.nn.Module, cls_layers: int = 0) -> Any:
-    """Function: flat batch -> pooled `embedding` (B, D), and the `cls` tokens of the last layers (B, cls_layers, D)."""
-    device = _device()
+def runner(
+    model: torch.nn.Module,
+    cls_layers: int = 0,
+    tokens: bool = False,
+    layers: bool = False,
+    projector: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
+    """Function: flat batch -> pooled `embedding` (B, D), and what else is asked for.
+
+    Args:
+        cls_layers: `cls` (B, cls_layers, D), the class tokens of the last layers.
+        tokens: `tokens` (B, L, D) of content and `valid` (B, L), 0 = padding.
+        layers: `layer.1` (B, D) and so on, the mean of content after each block; with a projector `layer.projector`.
+    """
+    device = local_device()
     model.to(device).eval()
+    states = {"output_hidden_states": True} if cls_layers or layers else {}
 
     def run(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         (view,) = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.items()}).views
         inputs = inputs_of(view, model)
-        out = model(**inputs, **({"output_hidden_states": True} if cls_layers else {}))
+        out = model(**inputs, **states)
         found = {"embedding": pooled(out, view, inputs, model)}
-        return found | ({"cls": cls_tokens(out, model, cls_layers)} if cls_layers else {})
+        if cls_layers:
+            found["cls"] = cls_tokens(out, model, cls_layers)
+        if tokens or layers:
+            parts = read(out, view, inputs, model)
+            found |= {"tokens": parts.tokens, "valid": parts.valid} if tokens else {}
+            found |= {f"{LAYER}{i}": mean for i, mean in enumerate(layer_means(parts), 1)} if layers else {}
+        if projector is not None:
+            found[f"{LAYER}projector"] = projector(found["embedding"].cpu())
+        return found
 
     return run
 
@@ -166,26 +187,12 @@ def _cls_layers(protocols: dict[str, Protocol], model: Any) -> int:
     """The most that a protocol takes. Raises: RecipeError if the model has no cls token."""
     taking = {name: p.cls_layers for name, p in protocols.items() if isinstance(p, Linear) and p.cls_layers}
     transformer = getattr(getattr(model, "encoder", None), "transformer", None)
-    if taking and not (_ours(model) and getattr(transformer, "extra_tokens", 0)):
+    if taking and not (is_ours(model) and getattr(transformer, "extra_tokens", 0)):
         raise RecipeError(
             f"protocol: {', '.join(taking)} concatenates cls tokens, which this {type(model).__name__} does not have or does "
             "not show; dino-resnet takes pooled features."
         )
     return max(taking.values(), default=0)
-
-
-def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
-    """Embeddings of the `train` split of a data set.
-
-    Args:
-        model: folder, run folder or Hub id.  data: folder, table or Hub id.
-        options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`; `member` of a model of several
-            kinds of data.
-    Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
-    """
-    network, place = open_model(model, options.pop("member", None))
-    rows = embed_set(open_data(network, place, data, options)[0].train, runner(network))
-    return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
 def probe(
@@ -201,6 +208,7 @@ def probe(
     batch: int | None = None,
     augment: bool | None = None,
     metrics: bool = False,
+    layers: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
@@ -217,12 +225,14 @@ def probe(
         epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
             Without `augment` features are computed once and not for each epoch.
         metrics: measure what needs no classifier as well, on the training split: see `mmssl.evaluate.health`.
+        layers: probe the output of every block as well, and of the projector where the model lies in its run folder.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
             of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
         `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
         `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
         `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
+        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector": {...}}`.
     Raises: RecipeError if the data have no labels, or an option is wrong.
     """
     k = int(options.get("neighbours", 20))
@@ -232,7 +242,8 @@ def probe(
         raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
     protocols = {} if protocol is None else choose(protocol, k, **changes)
     network, place = open_model(model, options.pop("member", None))
-    layers = _cls_layers(protocols, network)
+    tokens = any(isinstance(p, Attentive) for p in protocols.values())
+    wanted: dict[str, Any] = {"cls_layers": _cls_layers(protocols, network), "tokens": tokens, "layers": layers}
     sets, where = open_data(network, place, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
@@ -242,7 +253,9 @@ def probe(
     if random:
         networks = {"random": untrained(network, seed), **networks}
     for name, candidate in networks.items():
-        run = runner(candidate, layers)
+        run = runner(candidate, **wanted, projector=projector_of(place) if layers and name == "model" else None)
+        if tokens:
+            _check_room(sets, run)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
         check_rows(bank, test, f"{model}{' untrained' if name == 'random' else ''}", data)
         if "raw" not in results:
@@ -257,13 +270,10 @@ def probe(
             results[name]["protocols"] = _measured(protocols, sets, run, bank, test, seed)
         else:
             results[name]["linear"] = linear_accuracy(*features)
+        if layers:
+            results[name]["layers"] = layer_scores(bank, test, k)
         if metrics:
-            views = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
-            results[name]["metrics"] = {
-                **health.of_set(bank["embedding"]),
-                **health.of_views(*shared(*views)),
-                **health.of_classes(bank["embedding"], bank["label"], seed),
-            }
+            results[name]["metrics"] = label_free(sets, runner(candidate), bank, seed)
         if group:
             both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
             if "left_out" not in results["raw"]:
@@ -282,6 +292,13 @@ def check_rows(bank: Rows, test: Rows, model: str | Path, data: str) -> None:
         raise RecipeError(f"data: no test sample of {data} can be read.")
     if not all(bool(rows["embedding"].isfinite().all()) for rows in (bank, test)):
         raise RecipeError(f"{model}: its embeddings of {data} are not finite; the model has diverged, take another checkpoint.")
+
+
+def suite(model: str | Path, data: Sequence[str], **options: Any) -> dict[str, dict[str, Any]]:
+    """What `probe` finds on each of several data sets, by their names; options are the same for all. Raises: RecipeError."""
+    if len({*data}) < len(data):
+        raise RecipeError("data: a set is given twice; name each once.")
+    return {name: probe(model, name, **options) for name in data}
 
 
 def untrained(network: Any, seed: int) -> Any:
@@ -315,7 +332,8 @@ def _measured(
     """The protocols on the device that the model is on."""
 
     def moved(rows: Rows) -> dict[str, Tensor]:
-        return {name: rows[name].to(_device()) for name in ("embedding", "cls", "label", "index") if name in rows}
+        found = {name: rows[name].to(local_device()) for name in MOVED if name in rows}
+        return found | ({"valid": found["valid"].bool()} if "valid" in found else {})
 
     def drawn(epoch: int) -> dict[str, Tensor]:
         return moved(embed_set(sets.train.drawn(seed, epoch), run))
@@ -323,7 +341,27 @@ def _measured(
     return measure(protocols, moved(bank), moved(test), sets.classes, seed, drawn)
 
 
-def shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
+def label_free(sets: Sets, run: Any, bank: Rows, seed: int) -> dict[str, float]:
+    """Metrics of the training split and of two random views of it, with those that labels show where there are any."""
+    first, second = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
+    found = {**health.of_set(bank["embedding"]), **health.of_views(*_shared(first, second))}
+    return found | (health.of_classes(bank["embedding"], bank["label"], seed) if sets.test is not None else {})
+
+
+def _check_room(sets: Sets, run: Any) -> None:
+    """Whether all tokens can be held. Raises: RecipeError."""
+    batch = next(iter(sets.train))
+    with torch.no_grad():
+        found = run(batch)["tokens"]
+    samples, each = len(sets.train.data) + (len(sets.test.data) if sets.test else 0), 4 * found[0].numel()
+    if samples * each > TOKEN_BYTES:
+        raise RecipeError(
+            f"protocol: attentive holds the tokens of all samples, {samples * each / 2**30:.0f} GiB here, and at most "
+            f"{TOKEN_BYTES / 2**30:.0f}; give samples={TOKEN_BYTES // each // 2}."
+        )
+
+
+def _shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
     """Embeddings of the samples that are in both: a random view may be refused, such as a crop without any sound."""
     both = set(first["index"].tolist()) & set(second["index"].tolist())
     one, other = ([place for place, i in enumerate(rows["index"].tolist()) if i in both] for rows in (first, second))

@@ -10,6 +10,7 @@ from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
 from mmssl.evaluate import probe as module
+from mmssl.evaluate.embedding import embed
 from mmssl.evaluate.probe import inputs_of, modality_of, runner, untrained
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
@@ -242,7 +243,7 @@ def test_metrics_without_a_classifier_are_told_of_each_network(tiny_model, image
     words = [str(tmp_path / "model"), f"data={image_folder}", "metrics=true", "random=true", "samples=24"]
     assert main(["probe", *words, "json=true"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = module.embed(tmp_path / "model", str(image_folder), samples=24)
+    rows = embed(tmp_path / "model", str(image_folder), samples=24)
     expected = health.of_set(rows["embedding"]) | health.of_classes(rows["embedding"], rows["label"])
     mine = found["model"]["metrics"]
     assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-5)
