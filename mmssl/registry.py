@@ -60,6 +60,7 @@ class Modality(NamedTuple):
     defaults: dict[str, dict[str, dict[str, Any]]] = {}
     native: str | None = None  # name of a module of conversions, see mmssl/model/native.py
     draw: Callable[[Rebuilt, Any, Any], Any] | None = None  # (rebuilt, views, features) -> a picture of it, with `save(path)`
+    sizes: Callable[[Any], dict[str, float]] | None = None  # sample -> how large it is, each by the name of its unit
 
 
 @cache

@@ -31,6 +31,7 @@ VERBS = {
     "measure": "the probes of a run again: mmssl measure RUN [key=value ...]",
     "export": "write the encoder of a run as a model folder",
     "push": "send the encoder of a run to the Hub: mmssl push RUN ORG/NAME",
+    "data": "what a data set holds: mmssl data stats|scan PATH",
     "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",
     "list": "what there is to choose from: mmssl list methods|models|recipes|modalities",
     "copy": "copy a shipped recipe to a file of your own: mmssl copy RECIPE FILE",

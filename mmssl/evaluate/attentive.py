@@ -67,10 +67,10 @@ def attentive_accuracy(
     """Test accuracy, 0..1.
 
     Args:
-        bank, test: `tokens` (N, L, D), `valid` (N, L) bool, `label` (N,). What they are on is what it learns on.
+        bank, test: `tokens` (N, L, D), `attend` (N, L) bool, `label` (N,). What they are on is what it learns on.
         seed: of the first weights and the order of samples.
     """
-    tokens, valid, labels = (bank[name] for name in ("tokens", "valid", "label"))
+    tokens, valid, labels = (bank[name] for name in ("tokens", "attend", "label"))
     real = tokens[valid].float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "attentive"))
@@ -86,6 +86,6 @@ def attentive_accuracy(
         F.cross_entropy(probe(tokens[rows].float(), valid[rows]), labels[rows]).backward()
         optimizer.step()
     with torch.no_grad():
-        parts = zip(*(test[name].split(p.batch) for name in ("tokens", "valid", "label")))
+        parts = zip(*(test[name].split(p.batch) for name in ("tokens", "attend", "label")))
         right = sum(int((probe(x.float(), v).argmax(1) == y).sum()) for x, v, y in parts)
     return right / len(test["label"])

@@ -34,6 +34,7 @@ from mmssl.evaluate.probe import inputs_of, local_device, modality_of, open_data
 from mmssl.evaluate.tables import FORMATS, write_rows
 from mmssl.evaluate.tokens import layer_means, read
 from mmssl.model.encoder import mean_tokens
+from mmssl.registry import Modality, Views
 from mmssl.types import Rejected, View
 
 TOKENS = ("pooled", "mean", "cls", "patch")  # and layer:K
@@ -88,7 +89,7 @@ def embed(
     except ValueError as error:
         raise RecipeError(f"{place}: {error}") from None
     where = DataOptions(path=data, modality=kind.name, split=split, limit=samples, **options)
-    rows = Rows(open_source(where, kind, split), kind, views, [])
+    rows = Rows(open_source(where, kind, split), kind, views)
     facts = {
         **{"format": 1, "model": str(model), "weights": _fingerprint(network), "data": data, "split": split},
         **{"samples": rows.source.size, "names": _names(rows.source), "tokens": tokens, "dtype": dtype, "shard": shard},
@@ -98,8 +99,47 @@ def embed(
         return Writer(Path(out), facts, rows, network, workers).write()
 
 
+@torch.no_grad()
+def usable_rows(model: str | Path, source: Source, kind: Modality, member: str | None = None) -> tuple[list[int], Tensor]:
+    """Positions of all samples that can be used, and (N, D) what a model pools of them.
+
+    Raises: RecipeError if the model is of another kind of data; DataError if no sample can be used.
+    """
+    network, place = open_model(model, member)
+    own = modality_of(network, kind.name)
+    if own.decode is not kind.decode:
+        raise RecipeError(f"model: {model} takes {own.name}, the data are {kind.name}.")
+    rows, places, found = Rows(source, own, own.plain_views(network, place)), [], []
+    network.to(local_device()).eval()
+    for made in rows.batches(range(source.size)):
+        if made["view"] is not None:
+            inputs = inputs_of(made["view"], network)
+            places += made["positions"]
+            found.append(pooled(network(**inputs), made["view"], inputs, network).float().cpu())
+    if not found:
+        raise DataError(f"data: none of the {source.size} samples can be read, {source.identity(0)} for one.")
+    if not bool((whole := torch.cat(found)).isfinite().all()):
+        raise RecipeError(f"model: embeddings of {model} are not finite; the model has diverged.")
+    return places, whole
+
+
 class Rows(PlainSet):
-    """Samples without stand-ins: those that cannot be used are named."""
+    """All samples of a source, without stand-ins: those that cannot be used are named."""
+
+    def __init__(self, source: Source, kind: Modality, views: Views):
+        super().__init__(source, kind, views, [*range(source.size)])
+
+    def batches(self, positions: range, workers: int = 0) -> Iterator[dict[str, Any]]:
+        """What `collate` makes of them, views on the device of this process."""
+        size, device = BATCH if self.views.longest is None else PADDED, local_device()
+        keys = [positions[i : i + size] for i in range(0, len(positions), size)]
+        more = {"num_workers": workers if len(keys) > 1 else 0, "worker_init_fn": start_worker}
+        for made in DataLoader(self, batch_sampler=keys, collate_fn=self.collate, **more):
+            view = made["view"]
+            if view is not None:
+                pad = None if view.pad is None else view.pad.to(device)
+                made["view"] = View(view.x.to(device), view.modality, pad)
+            yield made
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """`position`, and the decoded `sample` or the `reason` why there is none."""
@@ -185,13 +225,8 @@ class Writer:
 
     def _shard(self, positions: range) -> tuple[dict[str, Tensor], dict[int, str]]:
         """`embedding` (T, D), the rows of all usable samples one after the other, and `count` (n,), how many rows each has."""
-        data = self.rows
-        data.indices = [*range(self.size)]
-        batch = BATCH if data.views.longest is None else PADDED
-        batches = [positions[i : i + batch] for i in range(0, len(positions), batch)]
-        more = {"num_workers": self.workers if len(batches) > 1 else 0, "worker_init_fn": start_worker}
         count, found, bad = torch.zeros(len(positions), dtype=torch.int64), [], {}
-        for made in DataLoader(data, batch_sampler=batches, collate_fn=data.collate, **more):
+        for made in self.rows.batches(positions, self.workers):
             bad |= made["bad"]
             for position, row in zip(made["positions"], self._rows(made["view"]) if made["view"] is not None else ()):
                 count[position - positions[0]] = len(row)
@@ -204,8 +239,6 @@ class Writer:
 
     def _rows(self, view: View) -> list[Tensor]:
         """(1, D) of each sample, or (L, D) for tokens=patch."""
-        device = local_device()
-        view = View(view.x.to(device), view.modality, None if view.pad is None else view.pad.to(device))
         inputs, wanted = inputs_of(view, self.network), self.facts["tokens"]
         layer = int(wanted.partition(":")[2]) if wanted.startswith("layer:") else None
         out = self.network(**inputs, **({} if layer is None else {"output_hidden_states": True}))

@@ -27,7 +27,7 @@ from mmssl.hub.export import load_encoder, member_folder
 from mmssl.registry import Modality, modalities, modality
 from mmssl.types import Batch, View
 
-MOVED = ("embedding", "cls", "tokens", "valid", "label", "index")  # rows that classifiers learn from
+MOVED = ("embedding", "cls", "tokens", "attend", "label", "index")  # rows that classifiers learn from
 TOKEN_BYTES = 8 << 30  # of tokens that are held at once
 
 
@@ -149,7 +149,7 @@ def runner(
 
     Args:
         cls_layers: `cls` (B, cls_layers, D), the class tokens of the last layers.
-        tokens: `tokens` (B, L, D) of content and `valid` (B, L), 0 = padding.
+        tokens: `tokens` (B, L, D) of content and `attend` (B, L), 0 = padding.
         layers: `layer.1` (B, D) and so on, the mean of content after each block; with a projector `layer.projector`.
     """
     device = local_device()
@@ -165,7 +165,7 @@ def runner(
             found["cls"] = cls_tokens(out, model, cls_layers)
         if tokens or layers:
             parts = read(out, view, inputs, model)
-            found |= {"tokens": parts.tokens, "valid": parts.valid} if tokens else {}
+            found |= {"tokens": parts.tokens, "attend": parts.valid} if tokens else {}
             found |= {f"{LAYER}{i}": mean for i, mean in enumerate(layer_means(parts), 1)} if layers else {}
         if projector is not None:
             found[f"{LAYER}projector"] = projector(found["embedding"].cpu())
@@ -333,7 +333,7 @@ def _measured(
 
     def moved(rows: Rows) -> dict[str, Tensor]:
         found = {name: rows[name].to(local_device()) for name in MOVED if name in rows}
-        return found | ({"valid": found["valid"].bool()} if "valid" in found else {})
+        return found | ({"attend": found["attend"].bool()} if "attend" in found else {})
 
     def drawn(epoch: int) -> dict[str, Tensor]:
         return moved(embed_set(sets.train.drawn(seed, epoch), run))

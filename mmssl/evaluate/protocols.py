@@ -106,7 +106,7 @@ def measure(
 
     Args:
         bank, test: `embedding` (N, D), `label` (N,), `index` (N,), `cls` (N, n, D) for those that take cls tokens, and
-            `tokens` (N, L, D), `valid` (N, L) for attentive.
+            `tokens` (N, L, D), `attend` (N, L) for attentive.
         seed: of first weights, of the order of samples, and of the training samples that are held out to choose by.
         drawn: epoch -> rows of the bank's samples under that epoch's views; the bank itself if None.
     Returns: for each `accuracy` 0..1 on `test` and what it was reached with; where there was a choice also `held_out`, the

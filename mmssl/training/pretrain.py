@@ -258,11 +258,9 @@ class Run:
         best = self.trainer.chosen.get("best")
         if best is not None and best.step is not None and self.folder.is_main:
             export(self.folder.path, checkpoint="best")
-        facts = {
-            "change": told(self.trainer.metrics),
-            "best": best and {n: best.state()[n] for n in ("metric", "value", "step")},
-        }
-        self.folder.status(state, step=step, steps=self.steps, early=self._early, **facts)
+        kept = best and {name: best.state()[name] for name in ("metric", "value", "step")}
+        facts = {"change": told(self.trainer.metrics), "best": kept, "early": self._early}
+        self.folder.status(state, step=step, steps=self.steps, **facts)
 
     def record(self, error: BaseException) -> None:
         """Leave the cause of a failure in status.json."""

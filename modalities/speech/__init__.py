@@ -1,7 +1,7 @@
 """Speech."""
 
 from mmssl.registry import Modality
-from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw
+from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.speech.features import SpeechFeatures
 from modalities.speech.processor import plain_views, processor
 from modalities.speech.views import SpeechViews
@@ -58,4 +58,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     native="modalities.speech.convert",
+    sizes=sizes,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmssl.registry import Modality
-from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw
+from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw, sizes
 from modalities.speech.mel_features import MelFeatures
 from modalities.speech.mel_views import MelViews
 from modalities.speech.picture import draw
@@ -91,4 +91,5 @@ MODALITY = Modality(
     prepare=prepare,
     defaults=DEFAULTS,
     draw=draw,
+    sizes=sizes,
 )

@@ -1,7 +1,7 @@
 """Text."""
 
 from mmssl.registry import Modality
-from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw
+from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.text.features import TextFeatures
 from modalities.text.picture import draw
 from modalities.text.processor import plain_views, processor
@@ -70,4 +70,5 @@ MODALITY = Modality(
     DEFAULTS,
     "modalities.text.convert",
     draw,
+    sizes=sizes,
 )

@@ -1,7 +1,7 @@
 """Images."""
 
 from mmssl.registry import Modality
-from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw
+from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw, sizes
 from modalities.vision.features import PatchFeatures
 from modalities.vision.picture import draw
 from modalities.vision.processor import plain_views, processor
@@ -91,4 +91,5 @@ MODALITY = Modality(
     defaults=DEFAULTS,
     native="modalities.vision.convert",
     draw=draw,
+    sizes=sizes,
 )

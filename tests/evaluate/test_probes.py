@@ -79,7 +79,7 @@ def test_attention_finds_the_token_that_a_mean_drowns():
     tokens[rows, where, 1] = 2.0 * labels - 1
     valid = torch.arange(9).expand(300, 9) < 8
     tokens[:, 8] = 1e4
-    bank, test = ({"tokens": tokens[s], "valid": valid[s], "label": labels[s], "embedding": tokens[s, :8].mean(1)}
+    bank, test = ({"tokens": tokens[s], "attend": valid[s], "label": labels[s], "embedding": tokens[s, :8].mean(1)}
                   for s in (slice(200), slice(200, 300)))  # fmt: skip
     p = Attentive(lr=1e-2, batch=50, epochs=40)
     found = attentive_accuracy(p, bank, test, 2)
@@ -118,7 +118,7 @@ def test_layers_are_the_means_of_content_after_each_block(vit, foreign):
     for number, output in enumerate(outputs, 1):
         assert_close(found[f"layer.{number}"], output[:, 1:].mean(1))
     assert found["tokens"].shape == (3, 4, 8)
-    assert bool(found["valid"].all())
+    assert bool(found["attend"].all())
 
 
 def test_every_block_and_the_projector_of_a_run_are_probed(image_folder, tmp_path, capsys):

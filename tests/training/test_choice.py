@@ -145,7 +145,7 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(tiny_rec
 
 def test_what_cannot_be_exported_is_refused(tiny_recipe):
     run = pretrain(tiny_recipe("train.steps=1", "watch.change=false"), overwrite=True)
-    with pytest.raises(RecipeError, match="keeps no best one; train with save.best.metric"):
+    with pytest.raises(RecipeError, match=r"keeps no best one; train with save\.best\.metric"):
         export(run, checkpoint="best")
     with pytest.raises(RecipeError, match="found 'worst', allowed are best"):
         export(run, checkpoint="worst", to=run / "x")
