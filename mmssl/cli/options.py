@@ -101,7 +101,9 @@ def _allowed(options: Mapping[str, Option]) -> str:
 
 
 def _kind(kind: Any) -> str:
-    return "|".join(kind) if isinstance(kind, tuple) else {bool: "true|false", list: "STR"}.get(kind, kind.__name__.upper())
+    if isinstance(kind, tuple):
+        return "|".join(kind)
+    return "true|false" if kind is bool else (str if kind is list else kind).__name__.upper()
 
 
 def _default(default: Any) -> str:

@@ -132,7 +132,7 @@ class Rows(PlainSet):
     def batches(self, positions: range, workers: int = 0) -> Iterator[dict[str, Any]]:
         """What `collate` makes of them, views on the device of this process."""
         size, device = BATCH if self.views.longest is None else PADDED, local_device()
-        keys = [positions[i : i + size] for i in range(0, len(positions), size)]
+        keys = [[*positions[i : i + size]] for i in range(0, len(positions), size)]
         more = {"num_workers": workers if len(keys) > 1 else 0, "worker_init_fn": start_worker}
         for made in DataLoader(self, batch_sampler=keys, collate_fn=self.collate, **more):
             view = made["view"]

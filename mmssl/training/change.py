@@ -20,6 +20,7 @@ from mmssl.training.objective import inside
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Batch
 
+Measured = tuple[dict[str, Tensor], dict[str, Tensor] | None]  # rows of memory and test set
 BEFORE, AFTER = "its start", "the trained model"
 
 
@@ -42,7 +43,8 @@ def change(
         own = sets[name]
         if own is not None:
             seed = recipe.train.seed
-            part = _gains(own, *(_embedded(own, one, trainer) for one in (before, after)), recipe.members[name], seed)
+            rows = [_embedded(own, one, trainer) for one in (before, after)]
+            part = _gains(own, rows[0], rows[1], recipe.members[name], seed)
             found |= {inside(metric, name): value for metric, value in part.items()}
     return found
 
@@ -86,7 +88,7 @@ def _built(recipe: Settings) -> dict[str, Any]:
     return {name: method.student.encoder for name, method in methods.items()}
 
 
-def _embedded(sets: Sets, encoder: Any, trainer: SelfSupervisedTrainer) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+def _embedded(sets: Sets, encoder: Any, trainer: SelfSupervisedTrainer) -> Measured:
     """Rows of both sets."""
     device = trainer.args.device
     encoder.to(device)
@@ -101,7 +103,7 @@ def _embedded(sets: Sets, encoder: Any, trainer: SelfSupervisedTrainer) -> tuple
     return found
 
 
-def _gains(sets: Sets, before: tuple, after: tuple, recipe: Recipe, seed: int) -> dict[str, float]:
+def _gains(sets: Sets, before: Measured, after: Measured, recipe: Recipe, seed: int) -> dict[str, float]:
     (bank, test), (later, later_test) = before, after
     every = [part["embedding"] for part in (bank, test, later, later_test) if part is not None]
     if not all(bool(rows.isfinite().all()) for rows in every):
@@ -111,7 +113,7 @@ def _gains(sets: Sets, before: tuple, after: tuple, recipe: Recipe, seed: int) -
         "rank_after": effective_rank(later["embedding"]),
         "cka": alike(bank["embedding"], later["embedding"]),
     }
-    if test is not None and len(test["label"]) and len(bank["label"].unique()) > 1:
+    if test is not None and later_test is not None and len(test["label"]) and len(bank["label"].unique()) > 1:
         k = recipe.watch.neighbours
         old, new = right_of(bank, test, k), right_of(later, later_test, k)
         for measure in MEASURES:

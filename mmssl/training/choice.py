@@ -42,8 +42,9 @@ class Watched:
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Go on from what was saved; from nothing, if that was of another metric."""
-        same = state is not None and (state["metric"], state["sign"]) == (self.metric, self.sign)
-        self.value, self.step, self.waited = (state["value"], state["step"], state["waited"]) if same else (None, None, 0)
+        self.value, self.step, self.waited = None, None, 0
+        if state is not None and (state["metric"], state["sign"]) == (self.metric, self.sign):
+            self.value, self.step, self.waited = state["value"], state["step"], state["waited"]
 
 
 def watched(options: ChoiceOptions | None, key: str, names: Collection[str]) -> Watched | None:

@@ -84,12 +84,12 @@ def test_sound_and_text_have_sizes_of_their_own(tmp_path):
     kind, found = look(str(tmp_path / "sound"))
     assert kind.name == "speech"
     assert stats(found)["train"]["sizes"]["seconds"]["sum"] == pytest.approx(1.5, rel=1e-3)
-    (tmp_path / "texts.csv").write_text("text,label\nfour,0\nsomething,1\n,1\nfour,\n")
+    (tmp_path / "texts.csv").write_text("text,label\nfour,low\nsomething,high\n,high\nfour,\n")
     kind, found = look(str(tmp_path / "texts.csv"))
     assert kind.name == "text"
     told = stats(found)["train"]
     assert told["sizes"]["characters"]["most"] == 9
-    assert (told["samples"], told["unreadable"], told["unlabelled"], told["classes"]) == (4, 1, 1, {"0": 1, "1": 2})
+    assert (told["samples"], told["unreadable"], told["unlabelled"], told["classes"]) == (4, 1, 1, {"high": 2, "low": 1})
     assert scan(found)["duplicates"]["train"] == [[f"{tmp_path}/texts.csv row 0", f"{tmp_path}/texts.csv row 3"]]
     assert scan(found)["conflicts"]["train"] == []  # one of both has no label
 

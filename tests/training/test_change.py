@@ -1,17 +1,23 @@
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from mmssl.evaluate.features import embed
+from mmssl.cli import main
+from mmssl.config import Recipe
+from mmssl.evaluate.features import embed, open_sets
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.hub.export import load_encoder
-from mmssl.training.change import told
+from mmssl.registry import modality
+from mmssl.training.change import change, told
 from mmssl.training.outcome import summary
 from mmssl.training.pretrain import prepare, pretrain
 from mmssl.training.run_folder import RunFolder
 from mmssl.types import Batch
+from tests.ranks import on_two_ranks
 
 
 def ended(recipe):
@@ -64,11 +70,30 @@ def test_without_labels_ranks_are_compared(tiny_recipe, image_folder):
 
 
 def test_it_can_be_left_out(tiny_recipe, capsys):
-    from mmssl.cli import main
-
     found, status, folder = ended(tiny_recipe("watch.change=false"))
     assert found == {}
     assert status["change"] is None
     assert "Before and after" not in folder.card.read_text()
     assert main(["status", str(folder.path), "json=true"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["change"] is None
+
+
+def gained(_, path, overrides):
+    """`change` of what a recipe builds under other weights, on a rank."""
+    recipe = Recipe.load(path, *overrides)
+    kind = modality(recipe.data.modality)
+    sets = open_sets(recipe.data, recipe.watch, kind, recipe.build_views(), recipe.train.seed)
+    other = Recipe.load(path, *overrides, "train.seed=1").build()
+    tensors = {f"method.{name}": tensor for name, tensor in other.state_dict().items()}
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(device="cpu"), heed=lambda: None)
+    return change(trainer, recipe, {"": sets}, tensors)
+
+
+def test_two_ranks_find_what_one_does(tiny_recipe, tmp_path):
+    tiny_recipe()
+    given = str(tmp_path / "tiny.yaml"), (f"out={tmp_path / 'run'}",)
+    one = gained(0, *given)
+    both = on_two_ranks(gained, *given, folder=tmp_path)
+    assert both[0] == both[1] == pytest.approx(one)
+    assert len(one) == 13
+    assert 0 < one["change/test/cka"] < 1
