@@ -3,7 +3,8 @@
 stats counts samples, bytes and classes of each split and gives quantiles of sizes, durations or lengths. scan finds what
 cannot be read, by name and as training would say it, samples of equal content (and whether their labels agree), and content
 that two splits share; against=PATH compares with another data set as well, such as the one you will test on. model=MODEL finds
-near duplicates, too: pairs whose embeddings have a cosine of at least `cosine`. All samples are read and decoded.
+near duplicates, too: pairs whose embeddings have a cosine of at least `cosine`. What any two have
+on average is told, too: where that is near 1, ask for more. All samples are read and decoded.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _scan(results: dict[str, Any]) -> list[str]:
         lines += _some([" = ".join(pair) for pair in leak["names"]])
     for one in results.get("near", []):
         where = f"in {one['first']}" if one["first"] == one["second"] else f"of {one['first']} and {one['second']}"
-        lines += ["", f"{one['count']} near pairs {where}"]
+        lines += ["", f"{one['count']} near pairs {where}, where two samples have a cosine of {one['typical']:.4f} on average"]
         lines += _some([f"{a} ~ {b} ({value:.4f})" for a, b, value in one["pairs"]])
     return lines
 

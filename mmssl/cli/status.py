@@ -59,7 +59,7 @@ def _text(facts: dict) -> str:
         "last write": f"{facts['seconds_since_write']:.0f} s ago",
         "checkpoint": "none" if facts["checkpoint"] is None else f"step {facts['checkpoint']}",
         "ended early": facts["early"],
-        "best": facts["best"] and f"step {best['step']}: {best['metric']} {best['value']}, in best/",
+        "best": facts["best"] and f"step {best['step']}: {best['metric']} {best['value']:.6g}, in best/",
         "gained": facts["change"],
         "error": facts["error"],
         "continue": resume,

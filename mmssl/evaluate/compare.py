@@ -135,11 +135,12 @@ def sentence(pair: Mapping[str, Any]) -> str:
     """Which of two is better by which measure, and which leaves it open, in points of accuracy."""
     found = {name: Interval(*(100 * pair[measure][part] for part in Interval._fields)) for measure, name in MEASURES.items()}
     decided = {name: one for name, one in found.items() if one.low > 0 or one.high < 0}
-    told = []
+    gains: dict[tuple[str, str], list[str]] = {}  # better, other -> by how much
     for name, (value, low, high) in decided.items():
-        better, other = (pair["second"], pair["first"]) if value > 0 else (pair["first"], pair["second"])
+        order = (pair["second"], pair["first"]) if value > 0 else (pair["first"], pair["second"])
         low, high = (low, high) if value > 0 else (-high, -low)
-        told.append(f"{better} is better than {other} by {abs(value):.1f} points {name} (95 %: {low:.1f} to {high:.1f})")
+        gains.setdefault(order, []).append(f"by {abs(value):.1f} points {name} (95 %: {low:.1f} to {high:.1f})")
+    told = [f"{better} is better than {other} {' and '.join(how)}" for (better, other), how in gains.items()]
     left = {name: one for name, one in found.items() if name not in decided}
     if not decided:
         told.append(f"Whether {pair['second']} is better than {pair['first']} is open")

@@ -37,6 +37,15 @@ def near_pairs(first: Tensor, second: Tensor | None, cosine: float) -> list[tupl
     return sorted(found, key=lambda pair: (-pair[2], pair[0], pair[1]))
 
 
+def typical(first: Tensor, second: Tensor | None) -> float:
+    """Mean cosine of two different rows, (N, D), or of one of each set."""
+    ours = unit_rows(first).double()
+    if second is not None:
+        return float(ours.mean(0) @ unit_rows(second).double().mean(0))
+    pairs = max(1, len(ours) * (len(ours) - 1))
+    return float((ours.sum(0).square().sum() - ours.square().sum()) / pairs)
+
+
 def near(
     model: str | Path,
     kind: Modality,
@@ -50,8 +59,8 @@ def near(
     Args:
         model: that embeds them, of this kind of data.
         against: splits of another data set.
-    Returns: `first`, `second` (the same for pairs within a split), `count`, `pairs` (two names and their cosine). Pairs of
-        equal content are left out: they are duplicates.
+    Returns: `first`, `second` (the same for pairs within a split), `count`, `pairs` (two names and their cosine), `typical`,
+        the mean cosine of any two, which many models have near 1. Pairs of equal content are left out: they are duplicates.
     Raises: RecipeError.
     """
     if not 0 < cosine <= 1:
@@ -70,5 +79,6 @@ def near(
             if splits[a].samples[place_a[i]].content != splits[b].samples[place_b[j]].content
         ]
         told = [[splits[a].source.identity(i), splits[b].source.identity(j), value] for i, j, value in pairs[:MOST]]
-        results += [{"first": a, "second": b, "count": len(pairs), "pairs": told}] if pairs else []
+        usual = typical(x, None if a == b else y)
+        results += [{"first": a, "second": b, "count": len(pairs), "typical": usual, "pairs": told}] if pairs else []
     return results

@@ -10,7 +10,7 @@ from PIL import Image
 from mmssl.cli import main
 from mmssl.data.scan import look, modality_of_data, scan, stats
 from mmssl.errors import RecipeError
-from mmssl.evaluate.near import near, near_pairs
+from mmssl.evaluate.near import near, near_pairs, typical
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
 
@@ -105,6 +105,9 @@ def test_near_pairs_are_those_of_a_slow_loop():
     assert [value for _, _, value in found] == pytest.approx([float(cosine[p]) for p in wanted])
     within = near_pairs(torch.cat([x, x[:1] * 2]), None, 0.999)
     assert [(i, j) for i, j, _ in within] == [(0, 7)]
+    assert typical(x, y) == pytest.approx(float(cosine.mean()))
+    own = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2)
+    assert typical(x, None) == pytest.approx(float(own[~torch.eye(7, dtype=torch.bool)].mean()))
 
 
 def test_near_duplicates_are_found_by_a_model_and_equal_ones_left_out(images, tmp_path):

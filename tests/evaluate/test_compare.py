@@ -78,6 +78,7 @@ def test_samples_that_one_model_cannot_take_are_left_out_for_all():
     [
         ((2.3, 0.4, 4.1), (-0.5, -2, 1.1), "B is better than A by 2.3 points linear (95 %: 0.4 to 4.1); k-NN leaves it"),
         ((-2.3, -4.1, -0.4), (3, 1, 5), "A is better than B by 2.3 points linear (95 %: 0.4 to 4.1); B is better than A by 3"),
+        ((2.3, 0.4, 4.1), (3, 1, 5), "B is better than A by 2.3 points linear (95 %: 0.4 to 4.1) and by 3.0 points k-NN (95 "),
         ((0.3, -1, 1.6), (0, 0, 0), "Whether B is better than A is open; linear leaves it open (+0.3, 95 %: -1.0 to +1.6); k"),
     ],
 )  # fmt: skip
