@@ -9,7 +9,8 @@ from mmssl.model.register import when_transformers_loads
 
 if TYPE_CHECKING:
     from mmssl.config import Recipe
-    from mmssl.evaluate.probe import embed, probe
+    from mmssl.evaluate.embedding import embed
+    from mmssl.evaluate.probe import probe
     from mmssl.hub.export import load_encoder
     from mmssl.methods import Method
     from mmssl.model.configuration import MmsslConfig
@@ -26,7 +27,7 @@ _HOMES = {
     "load_encoder": "mmssl.hub.export",
     "export": "mmssl.training.export",
     "probe": "mmssl.evaluate.probe",
-    "embed": "mmssl.evaluate.probe",
+    "embed": "mmssl.evaluate.embedding",
 }
 
 __all__ = ["Method", "MmsslConfig", "MmsslModel", "Recipe", "embed", "export", "load_encoder", "pretrain", "probe"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -107,6 +109,24 @@ def barrier() -> None:
     stage.proceed()
     if world() > 1:
         dist.barrier()
+
+
+@contextmanager
+def launched_group(seconds: float = 4 * 3600) -> Iterator[None]:
+    """A process group over gloo of what `accelerate launch` or torchrun started; nothing where this process is alone.
+
+    seconds: how long ranks wait for each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def limit_groups(seconds: float) -> None:

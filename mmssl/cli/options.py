@@ -16,6 +16,7 @@ _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    list: "text",
     Path: "a path",
 }
 
@@ -32,18 +33,19 @@ def parse(
 
     Args:
         arguments: words after the verb. `--name` stands for `name=true`.
-        positional: names of the words that are not key=value, in order; one in brackets, "[RECIPE]", may be missing. If the
-            name of the last one ends in dots, it takes one word or more, as a list.
-        options: name -> (type, default, help). Types are bool, int, float, str, Path or a tuple of allowed words.
+        positional: names of the words that are not key=value, in order; one in brackets, "[RECIPE]", may be missing, and the
+            last one, "MODEL ...", may be several words.
+        options: name -> (type, default, help). Types are bool, int, float, str, Path or a tuple of allowed words; a
+            list is of text, and given once for each entry.
         overrides: pass unknown `key=value` words on, as `overrides`, for the recipe to judge.
     Returns: positional words by lower-case name (None where missing), all options with their defaults.
     Raises: RecipeError naming everything that is wrong.
     """
     options = options or {}
-    values: dict[str, Any] = {name.strip("[].").lower(): None for name in positional}
+    several = positional[-1].endswith(" ...") if positional else False
+    values: dict[str, Any] = {_key(name): None for name in positional}
     values |= {name: default for name, (_, default, _) in options.items()}
-    words: list[Any] = []
-    rest, given, problems = [], set(), []
+    words, rest, given, problems = [], [], set(), []
     for argument in arguments:
         if argument.startswith("--"):
             argument = argument[2:] if "=" in argument else f"{argument[2:]}=true"
@@ -55,6 +57,8 @@ def parse(
             rest.append(argument)
         elif name not in options:
             problems.append(f"{name}: unknown option{nearest(name, options)}; {_allowed(options)}")
+        elif name in given and options[name][0] is list:
+            values[name].append(text)
         elif name in given:
             problems.append(f"{name}: given twice")
         else:
@@ -63,19 +67,21 @@ def parse(
                 values[name] = _convert(options[name][0], text)
             except ValueError as error:
                 problems.append(f"{name}: found {text!r}, expected {error}")
-    if positional and positional[-1].endswith("..."):
-        positional = (*positional[:-1], positional[-1].removesuffix("..."))
-        last = len(positional) - 1
-        words[last:] = [words[last:]] if words[last:] else []
     for name, word in zip(positional, words):
-        values[name.strip("[]").lower()] = word
+        values[_key(name)] = word
+    if several:
+        values[_key(positional[-1])] = words[len(positional) - 1 :]
     problems += [f"{name}: missing" for name in positional[len(words) :] if not name.startswith("[")]
-    problems += [f"{word!r}: not expected; options are written key=value" for word in words[len(positional) :]]
+    problems += [f"{word!r}: not expected; options are written key=value" for word in words[len(positional) :] if not several]
     problems += [f"{name}: missing; {options[name][2]}" for name in options if options[name][1] is ... and name not in given]
     if problems:
         listing = "\n".join(f"  {line}" for line in problems)
         raise RecipeError(f"the command line has {len(problems)} error{'s' * (len(problems) > 1)}:\n{listing}")
     return values | ({"overrides": rest} if overrides else {})
+
+
+def _key(name: str) -> str:
+    return name.strip("[]").removesuffix(" ...").lower()
 
 
 def describe(options: Mapping[str, Option]) -> str:
@@ -95,7 +101,9 @@ def _allowed(options: Mapping[str, Option]) -> str:
 
 
 def _kind(kind: Any) -> str:
-    return "|".join(kind) if isinstance(kind, tuple) else kind.__name__.upper() if kind is not bool else "true|false"
+    if isinstance(kind, tuple):
+        return "|".join(kind)
+    return "true|false" if kind is bool else (str if kind is list else kind).__name__.upper()
 
 
 def _default(default: Any) -> str:
@@ -112,7 +120,7 @@ def _convert(kind: type | tuple[str, ...], text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(_KINDS[bool])
         return text.lower() == "true"
-    read: Callable[[str], Any] = kind
+    read: Callable[[str], Any] = (lambda text: [text]) if kind is list else kind
     try:
         if not text:
             raise ValueError

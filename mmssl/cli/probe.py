@@ -6,9 +6,10 @@ test split, a tenth is held out. Raw values are measured alongside.
 
 protocol=NAME[,NAME...] measures as papers do, instead of the logistic regression: knn, knn-dino, knn-200, moco, simclr,
 simclr-lbfgs, byol, simsiam, swav, barlow, vicreg, mocov3-resnet, mocov3-vit, dino, dino-resnet, mae-linear, cifar, solo-learn,
-lightly, grid. Most of them encode the training samples anew in each epoch, under random crops: augment=false encodes them
-once, epochs=N makes them shorter, and the output says what was changed. Compare numbers of the same protocol only. Rates and
-batches of many are those of ImageNet: a small data set gives such a protocol few updates; grid finds a rate by itself.
+lightly, grid, attentive, few-1, few-5, few-10. Most of them encode the training samples anew in each epoch, under random crops:
+augment=false encodes them once, epochs=N makes them shorter, and the output says what was changed. Compare numbers of the same
+protocol only. Rates and batches of many are those of ImageNet: a small data set gives such a protocol few updates; grid finds a
+rate by itself. attentive learns which tokens to look at; few-N classifies by the means of N samples a class, over 100 draws.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from mmssl.cli.options import parse
 
 OPTIONS = {
-    "data": (str, ..., "labelled folder, table or Hub id"),
+    "data": (list, ..., "labelled folder, table or Hub id; given several times, one table of all"),
     "protocol": (str, None, "how papers measure; one or a comma list, see above"),
     "labels": (float, None, "learn from this share of the labels, or from so many samples of each class (1 or more)"),
     "epochs": (int, None, "instead of the protocol's"),
@@ -38,27 +39,56 @@ OPTIONS = {
     "member": (str, None, "whose encoder, of a model of several kinds of data"),
     "modality": (str, None, "kind of data, found by the model's input if unset"),
     "group": (str, None, "column whose values, such as speakers, are left out one by one in a further linear probe"),
+    "layers": (bool, False, "probe every block as well, and the projector if the model lies in its run folder"),
     "metrics": (bool, False, "label-free metrics of the training split and of random views of it, retrieval and clustering"),
     "json": (bool, False, "print JSON"),
 }
+
+
+NAMES = {"knn": "k-NN", "linear": "linear", "left_out": "left out"}
 
 
 def run(arguments: list[str]) -> int:
     """`mmssl probe MODEL data=...`."""
     given = parse(arguments, ("MODEL",), OPTIONS)
     as_json = given.pop("json")
-    from mmssl.evaluate.probe import probe
+    from mmssl.evaluate.probe import probe, suite
 
     given = {name: value for name, value in given.items() if value is not None}
-    results = probe(given.pop("model"), given.pop("data"), **given)
-    print(json.dumps(results) if as_json else table(results))
+    model, data = given.pop("model"), given.pop("data")
+    results = probe(model, *data, **given) if len(data) == 1 else suite(model, data, **given)
+    show = table if len(data) == 1 else tables
+    print(json.dumps(results) if as_json else show(results))
     return 0
+
+
+def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row for each set of data, a column for each accuracy of each network, and their means."""
+    columns = {name: _accuracies(results) for name, results in found.items()}
+    heads = [*dict.fromkeys(head for cells in columns.values() for head in cells)]
+    width = max(map(len, (*found, "mean")))
+    rows = [f"{'':{width}}" + "".join(f"{head:>{len(head) + 3}}" for head in heads)]
+    means = {head: [cells[head] for cells in columns.values() if head in cells] for head in heads}
+    columns["mean"] = {head: sum(values) / len(values) for head, values in means.items()}
+    for name, cells in columns.items():
+        text = (f"{f'{cells[head]:.1%}' if head in cells else '-':>{len(head) + 3}}" for head in heads)
+        rows.append(f"{name:{width}}" + "".join(text))
+    return "\n".join(rows)
+
+
+def _accuracies(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Such as `model linear`, `model few-5`."""
+    found = {}
+    for network in ("raw", "random", "model"):
+        scores = results.get(network, {})
+        found |= {f"{network} {name}": scores[key] for key, name in NAMES.items() if key in scores}
+        found |= {f"{network} {name}": one["accuracy"] for name, one in scores.get("protocols", {}).items()}
+    return found
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Rows raw, random, model; columns k-NN, linear and, if measured, linear with a group left out. Then a row per protocol."""
-    names = {"knn": "k-NN", "linear": "linear", "left_out": "left out"}
-    names = {key: name for key, name in names.items() if any(key in scores for scores in results.values())}
+    names = {key: name for key, name in NAMES.items() if any(key in scores for scores in results.values())}
     rows = [f"{'':14}" + "".join(f"{name:>10}" for name in names.values())]
     for name, scores in results.items():
         if scores.keys() & names.keys():
@@ -70,6 +100,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for protocol, found in measured["model"].items():
             cells = "".join(f"{scores[protocol]['accuracy']:>10.1%}" for scores in measured.values())
             rows.append(f"{protocol:14}{cells}  {_told(found)}")
+    layers = {name: scores["layers"] for name, scores in results.items() if "layers" in scores}
+    if layers:
+        heads = [f"{name} {head}" for name in layers for head in ("k-NN", "linear")]
+        rows += ["", f"{'layer':14}" + "".join(f"{head:>16}" for head in heads)]
+        for layer in dict.fromkeys(layer for found in layers.values() for layer in found):
+            scores = (found.get(layer, {}).get(key) for found in layers.values() for key in ("knn", "linear"))
+            rows.append(f"{layer:14}" + "".join(f"{'-' if s is None else f'{s:.1%}':>16}" for s in scores))
     told = {name: scores["metrics"] for name, scores in results.items() if "metrics" in scores}
     if told:
         rows += ["", f"{'metric':20}" + "".join(f"{name:>10}" for name in told)]
@@ -88,8 +125,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def _told(found: dict[str, Any]) -> str:
     """What an accuracy was reached with, what was chosen from how many, and what the protocol says otherwise."""
     said = {"neighbours": "k", "temperature": "T", "weight_decay": "decay"}
-    names = ("neighbours", "temperature", "l2", "lr", "weight_decay", "epochs", "batch", "augment")
+    names = ("neighbours", "temperature", "l2", "shots", "draws", "lr", "weight_decay", "epochs", "batch", "augment")
     text = ", ".join(f"{said.get(name, name)} {_number(found[name])}" for name in names if name in found)
+    if "low" in found:
+        text += f"; 95 % {found['low']:.1%} to {found['high']:.1%}"
     if "all" in found:
         text += f"; best of {len(found['all'])}" + (" on held-out training data" if "held_out" in found else "")
     changed = ", ".join(f"{said.get(n, n)} {_number(v)}" for n, v in found.get("overridden", {}).items())

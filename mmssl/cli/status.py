@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     facts = {
         "run": given["run"],
         "verdict": verdict,
-        **{name: status.get(name) for name in ("state", "step", "steps", "health", "error")},
+        **{name: status.get(name) for name in ("state", "step", "steps", "health", "error", "change", "early", "best")},
         "checkpoint": None if newest is None else checkpoint.step_of(newest),
         "metrics": folder.last_metrics(),
         "seconds_since_write": round(folder.silence(), 1),
@@ -46,6 +46,7 @@ def judge(state: str, alive: bool, resumable: bool) -> str:
 
 
 def _text(facts: dict) -> str:
+    best = facts["best"] or {}
     state, verdict = facts["state"], facts["verdict"]
     state = "killed" if state == "running" != verdict else state
     can = verdict == "resumable" or (verdict == "failed" and facts["checkpoint"] is not None)
@@ -58,6 +59,9 @@ def _text(facts: dict) -> str:
         "metrics": metrics or "none yet",
         "last write": f"{facts['seconds_since_write']:.0f} s ago",
         "checkpoint": "none" if facts["checkpoint"] is None else f"step {facts['checkpoint']}",
+        "ended early": facts["early"],
+        "best": facts["best"] and f"step {best['step']}: {best['metric']} {best['value']:.6g}, in best/",
+        "gained": facts["change"],
         "error": facts["error"],
         "continue": resume,
     }

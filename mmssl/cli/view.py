@@ -20,7 +20,7 @@ OPTIONS = {
 
 def run(arguments: list[str]) -> int:
     """`mmssl view RUN`."""
-    given = parse(arguments, ("RUN...",), OPTIONS)
+    given = parse(arguments, ("RUN ...",), OPTIONS)
     runs = given["run"]
     if len(runs) == 1 and given["out"]:
         raise RecipeError("out: the report of one run is report/index.html in its folder; leave out=FILE away.")

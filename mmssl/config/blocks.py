@@ -185,6 +185,20 @@ class TrainOptions(Options):
         return value
 
 
+class ChoiceOptions(Options):
+    """A metric to go by."""
+
+    metric: str = Field(description="Such as probe/knn, probe/linear or health/rankme, see docs/evaluation.md.")
+    mode: Literal["max", "min"] = Field("max", description="Whether more or less of it is better.")
+    least: float = Field(0.0, ge=0, description="How much better a value must be than the best before it.")
+
+
+class StopOptions(ChoiceOptions):
+    """When a run ends early."""
+
+    patience: int = Field(5, ge=1, description="Measurements (every watch.every updates) without a better value.")
+
+
 class WatchOptions(Options):
     """Whether it works: probes on held-out data, if there are labels."""
 
@@ -198,6 +212,9 @@ class WatchOptions(Options):
     pictures: bool = Field(
         True,
         description="Draw feature maps, attention and neighbours of some samples when `mmssl pretrain` has ended.",
+    )
+    change: bool = Field(
+        True, description="At the end, compare the exported encoder with what the run started from, see docs/evaluation.md."
     )
     guard: dict[str, float] = Field(
         default_factory=dict,
@@ -213,6 +230,7 @@ class WatchOptions(Options):
     )
     rollback_factor: float = Field(0.5, gt=0, le=1, description="Share of the learning rate that each rollback leaves.")
     max_rollbacks: int = Field(3, ge=1, description="Rollbacks of a run; where one more is needed it stops.")
+    stop: StopOptions | None = Field(None, description="End the run once this metric has stopped getting better.")
 
 
 class SaveOptions(Options):
@@ -223,5 +241,8 @@ class SaveOptions(Options):
     permanent: int = Field(10, ge=0, description="Checkpoints kept for good, spread over a run that saves more often.")
     proven: int = Field(
         1000, ge=0, description="Updates without trouble after which a checkpoint counts as healthy; the last such one is kept."
+    )
+    best: ChoiceOptions | None = Field(
+        None, description="Keep the checkpoint with the best value of this metric as well, and its encoder in `best/`."
     )
     max_failed: int = Field(3, ge=1, description="Saves in a row that find the disk full or read-only until the run stops.")

@@ -33,6 +33,18 @@ ATTEMPTS = 100  # replacements tried for one bad sample
 IDLE_EPOCHS = 100  # of a reader without a row, after which it gives up
 
 
+def decoded(kind: Modality, value: Any) -> Any:
+    """The sample of a row's value. Raises: Rejected."""
+    try:
+        return kind.decode(value)
+    except Rejected:
+        raise
+    except MemoryError:
+        raise Rejected("too_large", "does not fit into memory") from None
+    except Exception as error:  # decoders meet arbitrary bytes: whatever they raise is about this sample
+        raise Rejected("unreadable", f"{type(error).__name__}: {error}") from None
+
+
 class _Keyed:
     """Decoding, views and collation, the same for tables and streams."""
 
@@ -78,19 +90,9 @@ class _Keyed:
         """Views, index and label. Raises: Rejected."""
         raise NotImplementedError
 
-    def _decode(self, value: Any) -> Any:
-        try:
-            return self.kind.decode(value)
-        except Rejected:
-            raise
-        except MemoryError:
-            raise Rejected("too_large", "does not fit into memory") from None
-        except Exception as error:  # decoders meet arbitrary bytes: whatever they raise is about this sample
-            raise Rejected("unreadable", f"{type(error).__name__}: {error}") from None
-
     def _viewed(self, value: Any, label: int, index: int, where: tuple[int, ...], length: int | None = None) -> dict[str, Any]:
         """Views of one sample, drawn from the stream (seed, "augment", *where, view). Raises: Rejected."""
-        sample = self._decode(value)
+        sample = decoded(self.kind, value)
         views = self.views(sample, lambda view: generator(self.seed, "augment", *where, view), length)
         if not all(bool(t.isfinite().all()) for t in views.values() if t.is_floating_point()):
             raise Rejected("non_finite", "a view holds NaN or infinity")

@@ -154,11 +154,19 @@ def embed(batches: Loaded, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]
             out |= known | {"valid": batch["valid"].to(torch.int64)}
         for name, tensor in out.items():
             rows.setdefault(name, []).append(gather_rows(tensor))
-    whole = {name: torch.cat(parts)[: len(batches.data)] for name, parts in rows.items()}
+    whole = {name: torch.cat(_as_long(parts))[: len(batches.data)] for name, parts in rows.items()}
     if bare:
         return whole
     keep = whole.pop("valid").bool()
     return {name: tensor[keep] for name, tensor in whole.items()}
+
+
+def _as_long(parts: list[Tensor]) -> list[Tensor]:
+    """Tokens (B, L, ...) of batches that were padded to their own longest sample, with zeros up to the longest of all."""
+    if len({part.shape[1:] for part in parts}) < 2:
+        return parts
+    longest = max(part.shape[1] for part in parts)
+    return [torch.cat([part, part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])], 1) for part in parts]
 
 
 def open_sets(

@@ -14,6 +14,10 @@ from mmssl.evaluate import agreement, collapse
 from mmssl.losses.numerics import at_least_fp32, unit_rows
 from mmssl.losses.statistics import log_potential, participation
 
+OF_SET = (
+    *("rankme", "effective_rank", "alpha_req", "embedding_std"),
+    *("correlation", "redundant", "dead", "common", "residual", "uniformity"),
+)
 PAIRS = 4096  # samples of which all pairs are compared
 LEAST = 4  # outputs that say something of how outputs differ
 ALIKE = 1e-6  # output_std of rounding errors

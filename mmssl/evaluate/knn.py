@@ -37,19 +37,32 @@ def knn_scores(
 
 def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 20, temperature: float = 0.07) -> float:
     """Share of queries whose class has the largest vote, 0..1."""
-    (accuracy,) = knn_accuracies(bank, labels, queries, truth, (k,), temperature).values()
-    return accuracy
+    return float(knn_right(bank, labels, queries, truth, k, temperature).float().mean())
 
 
-@torch.no_grad()
+def knn_right(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """(Q,) bool: whether the class of each query has the largest vote."""
+    (right,) = _right(bank, labels, queries, truth, (k,), temperature).values()
+    return right
+
+
 def knn_accuracies(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float = 0.07
 ) -> dict[int, float]:
     """The same for several numbers of neighbours; those beyond the bank count as the whole bank."""
+    found = _right(bank, labels, queries, truth, neighbours, temperature)
+    return {k: float(right.float().mean()) for k, right in found.items()}
+
+
+@torch.no_grad()
+def _right(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float
+) -> dict[int, Tensor]:
+    """Number of neighbours -> (Q,) bool."""
     classes = int(max(labels.max(), truth.max())) + 1
     similarity, votes = _nearest(bank, labels, queries, max(neighbours))
     return {
-        k: float((_votes(similarity[:, :k], votes[:, :k], classes, temperature).argmax(1) == truth).float().mean())
+        k: _votes(similarity[:, :k], votes[:, :k], classes, temperature).argmax(1) == truth
         for k in dict.fromkeys(min(k, len(bank)) for k in neighbours)
     }
 

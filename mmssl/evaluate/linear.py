@@ -151,10 +151,15 @@ def logistic_path(
 
 
 def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, c: float = 1.0) -> float:
-    """Test accuracy, 0..1, of a multinomial logistic regression on features standardised by the training set.
+    """Test accuracy, 0..1, of the classifier of `linear_right`."""
+    return float(linear_right(train, labels, test, truth, c).double().mean())
+
+
+def linear_right(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, c: float = 1.0) -> Tensor:
+    """(Q,) bool: whether a multinomial logistic regression on features standardised by the training set finds each class.
 
     Args:
-        train: (N, D).  labels: (N,).  test: (Q, D).  truth: (Q,).
+        train: (N, D).  labels: (N,), of two classes at least.  test: (Q, D).  truth: (Q,).
         c: inverse strength of the L2 penalty.
     """
     from sklearn.exceptions import ConvergenceWarning
@@ -166,4 +171,4 @@ def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations are the protocol
         model.fit(train.double().cpu().numpy(), labels.cpu().numpy())
-    return float(model.score(test.double().cpu().numpy(), truth.cpu().numpy()))
+    return torch.from_numpy(model.predict(test.double().cpu().numpy())) == truth.cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,33 @@ from mmssl.config import DataOptions, WatchOptions, explain
 from mmssl.data.sources import open_source
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
+from mmssl.evaluate.attentive import Attentive
 from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
+from mmssl.evaluate.layers import LAYER, layer_scores, projector_of
 from mmssl.evaluate.linear import Linear, linear_accuracy
 from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
+from mmssl.evaluate.tokens import is_ours, layer_means, read, valid_tokens
 from mmssl.hub.export import member_folder
 from mmssl.model.released import load_encoder, modality_of
 from mmssl.types import Batch, View
 
+MOVED = ("embedding", "cls", "tokens", "attend", "label", "index")  # rows that classifiers learn from
+TOKEN_BYTES = 8 << 30  # of tokens that are held at once
 
-def _open(
+
+def open_data(
     model: torch.nn.Module, path: str | Path, data: str, options: dict[str, Any], few: tuple[float, int] | None = None
 ) -> tuple[Sets, DataOptions]:
+    """The sets that a model is measured on, under the views that it was trained for.
+
+    Args:
+        path: folder or id of the model.
+        options: `column`, `label`, `root`, `modality`, which are taken out, and those of `watch`.
+        few: see `open_sets`.
+    Raises: RecipeError.
+    """
     kind = modality_of(model, options.pop("modality", None))
     try:
         watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
@@ -42,10 +56,6 @@ def _open(
     return open_sets(where, watch, kind, views, 0, few), where
 
 
-def _ours(model: torch.nn.Module) -> bool:
-    return getattr(model.config, "model_type", None) == "mmssl"
-
-
 def inputs_of(view: View, model: torch.nn.Module) -> dict[str, Tensor]:
     """What a model is called with: the plain view under the name of its main input, and where its padding is.
 
@@ -55,7 +65,7 @@ def inputs_of(view: View, model: torch.nn.Module) -> dict[str, Tensor]:
     name = getattr(model, "main_input_name", "pixel_values")
     if view.pad is None:
         return {name: view.x}
-    if _ours(model):
+    if is_ours(model):
         return {name: view.x, "pad": view.pad}
     if name != "input_values":
         return {name: view.x, "attention_mask": (~view.pad).long()}
@@ -71,22 +81,22 @@ def pooled(out: Any, view: View, inputs: dict[str, Tensor], model: torch.nn.Modu
     """
     own = getattr(out, "pooler_output", None)
     tokens = out.last_hidden_state
-    if own is not None and (_ours(model) or view.x.ndim == 4):
+    if own is not None and (is_ours(model) or view.x.ndim == 4):
         return own.flatten(1)
     if view.pad is None:
         return tokens.flatten(2).mean(2) if tokens.ndim == 4 else tokens.mean(1).flatten(1)
-    valid, frames = ~view.pad, getattr(model, "_get_feature_vector_attention_mask", None)
-    if frames is not None:
-        valid = frames(tokens.shape[1], inputs["attention_mask"])
-    weights = valid.to(tokens).unsqueeze(-1)  # (B, L, 1)
+    weights = valid_tokens(tokens, view, inputs, model).to(tokens).unsqueeze(-1)  # (B, L, 1)
     return (tokens * weights).sum(1) / weights.sum(1)
 
 
-def _one(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | Path]:
-    """A model to measure and where it lies: that of a member, if the model is one of several kinds of data.
+def open_model(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | Path]:
+    """A model to measure and where it lies: that of a run folder, or of a member, if it is one of several kinds of data.
 
     Raises: RecipeError if it is left open which.
     """
+    inner = Path(model) / "model"
+    if not (Path(model) / "config.json").exists() and (inner / "config.json").is_file():
+        model = inner
     network = load_encoder(model)
     members = getattr(network.config, "members", None) or {}
     if not members and member is None:
@@ -101,21 +111,43 @@ def _one(model: str | Path, member: str | None) -> tuple[torch.nn.Module, str | 
     return load_encoder(place), place
 
 
-def _device() -> str:
+def local_device() -> str:
+    """That of this process."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _runner(model: torch.nn.Module, cls_layers: int = 0) -> Any:
-    """Flat batch -> pooled `embedding` (B, D), and the `cls` tokens of the last layers (B, cls_layers, D) if asked for."""
-    device = _device()
+def runner(
+    model: torch.nn.Module,
+    cls_layers: int = 0,
+    tokens: bool = False,
+    layers: bool = False,
+    projector: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
+    """Function: flat batch -> pooled `embedding` (B, D), and what else is asked for.
+
+    Args:
+        cls_layers: `cls` (B, cls_layers, D), the class tokens of the last layers.
+        tokens: `tokens` (B, L, D) of content and `attend` (B, L), 0 = padding.
+        layers: `layer.1` (B, D) and so on, the mean of content after each block; with a projector `layer.projector`.
+    """
+    device = local_device()
     model.to(device).eval()
+    states = {"output_hidden_states": True} if cls_layers or layers else {}
 
     def run(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         (view,) = Batch.from_tensors({name: tensor.to(device) for name, tensor in batch.items()}).views
         inputs = inputs_of(view, model)
-        out = model(**inputs, **({"output_hidden_states": True} if cls_layers else {}))
+        out = model(**inputs, **states)
         found = {"embedding": pooled(out, view, inputs, model)}
-        return found | ({"cls": cls_tokens(out, model, cls_layers)} if cls_layers else {})
+        if cls_layers:
+            found["cls"] = cls_tokens(out, model, cls_layers)
+        if tokens or layers:
+            parts = read(out, view, inputs, model)
+            found |= {"tokens": parts.tokens, "attend": parts.valid} if tokens else {}
+            found |= {f"{LAYER}{i}": mean for i, mean in enumerate(layer_means(parts), 1)} if layers else {}
+        if projector is not None:
+            found[f"{LAYER}projector"] = projector(found["embedding"].cpu())
+        return found
 
     return run
 
@@ -133,26 +165,12 @@ def _cls_layers(protocols: dict[str, Protocol], model: Any) -> int:
     """The most that a protocol takes. Raises: RecipeError if the model has no cls token."""
     taking = {name: p.cls_layers for name, p in protocols.items() if isinstance(p, Linear) and p.cls_layers}
     transformer = getattr(getattr(model, "encoder", None), "transformer", None)
-    if taking and not (_ours(model) and getattr(transformer, "extra_tokens", 0)):
+    if taking and not (is_ours(model) and getattr(transformer, "extra_tokens", 0)):
         raise RecipeError(
             f"protocol: {', '.join(taking)} concatenates cls tokens, which this {type(model).__name__} does not have or does "
             "not show; dino-resnet takes pooled features."
         )
     return max(taking.values(), default=0)
-
-
-def embed(model: str | Path, data: str, **options: Any) -> dict[str, Tensor]:
-    """Embeddings of the `train` split of a data set.
-
-    Args:
-        model: folder or Hub id.  data: folder, table or Hub id.
-        options: `train` (split), `samples` (at most), `column`, `label`, `root`, `modality`; `member` of a model of several
-            kinds of data.
-    Returns: `embedding` (N, D) and `label` (N,), -1 = unknown, on the CPU.
-    """
-    network, place = _one(model, options.pop("member", None))
-    rows = embed_set(_open(network, place, data, options)[0].train, _runner(network))
-    return {"embedding": rows["embedding"], "label": rows["label"]}
 
 
 def probe(
@@ -168,12 +186,13 @@ def probe(
     batch: int | None = None,
     augment: bool | None = None,
     metrics: bool = False,
+    layers: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """k-NN and linear accuracy of frozen features, beside what raw values reach.
 
     Args:
-        model: folder or Hub id.  data: labelled folder, table or Hub id.
+        model: folder, run folder or Hub id.  data: labelled folder, table or Hub id.
         random: measure a freshly initialised model of the same shape as well; its weights are drawn from `seed`.
         seed: of that, of `labels`, and of the draws of protocols.
         group: column, such as the speaker, whose values are left out one by one in a further linear probe over both splits.
@@ -184,12 +203,14 @@ def probe(
         epochs, lr, batch, augment: in place of what the protocols say; `lr` before it is scaled with the batch.
             Without `augment` features are computed once and not for each epoch.
         metrics: measure what needs no classifier as well, on the training split: see `mmssl.evaluate.health`.
+        layers: probe the output of every block as well, and of the projector where the model lies in its run folder.
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
             of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
         `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
         `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
         `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
+        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector": {...}}`.
     Raises: RecipeError if the data have no labels, or an option is wrong.
     """
     k = int(options.get("neighbours", 20))
@@ -198,9 +219,10 @@ def probe(
         name = next(name for name, value in changes.items() if value is not None)
         raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
     protocols = {} if protocol is None else choose(protocol, k, **changes)
-    network, place = _one(model, options.pop("member", None))
-    layers = _cls_layers(protocols, network)
-    sets, where = _open(network, place, data, options, None if labels is None else (labels, seed))
+    network, place = open_model(model, options.pop("member", None))
+    tokens = any(isinstance(p, Attentive) for p in protocols.values())
+    wanted: dict[str, Any] = {"cls_layers": _cls_layers(protocols, network), "tokens": tokens, "layers": layers}
+    sets, where = open_data(network, place, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
     groups = [_groups(part, where, group) if group else None for part in (sets.train, sets.test)]
@@ -209,8 +231,11 @@ def probe(
     if random:
         networks = {"random": untrained(network, seed), **networks}
     for name, candidate in networks.items():
-        run = _runner(candidate, layers)
+        run = runner(candidate, **wanted, projector=projector_of(place) if layers and name == "model" else None)
+        if tokens:
+            _check_room(sets, run)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
+        check_rows(bank, test, f"{model}{' untrained' if name == 'random' else ''}", data)
         if "raw" not in results:
             centre = bank["raw"].mean(0)
             results["raw"] = {"knn": knn_accuracy(bank["raw"] - centre, bank["label"], test["raw"] - centre, test["label"], k)}
@@ -223,19 +248,35 @@ def probe(
             results[name]["protocols"] = _measured(protocols, sets, run, bank, test, seed)
         else:
             results[name]["linear"] = linear_accuracy(*features)
+        if layers:
+            results[name]["layers"] = layer_scores(bank, test, k)
         if metrics:
-            views = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
-            results[name]["metrics"] = {
-                **health.of_set(bank["embedding"]),
-                **health.of_views(*_shared(*views)),
-                **health.of_classes(bank["embedding"], bank["label"], seed),
-            }
+            results[name]["metrics"] = label_free(sets, runner(candidate), bank, seed)
         if group:
             both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
             if "left_out" not in results["raw"]:
                 results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
             results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
     return results
+
+
+def check_rows(bank: Rows, test: Rows, model: str | Path, data: str) -> None:
+    """Whether classifiers can learn from a model's embeddings of the training split. Raises: RecipeError."""
+    if len(bank["label"].unique()) < 2:
+        raise RecipeError(
+            f"data: the training samples of {data} are of one class, and classifying takes two; see its labels (label=COLUMN)."
+        )
+    if not len(test["label"]):
+        raise RecipeError(f"data: no test sample of {data} can be read.")
+    if not all(bool(rows["embedding"].isfinite().all()) for rows in (bank, test)):
+        raise RecipeError(f"{model}: its embeddings of {data} are not finite; the model has diverged, take another checkpoint.")
+
+
+def suite(model: str | Path, data: Sequence[str], **options: Any) -> dict[str, dict[str, Any]]:
+    """What `probe` finds on each of several data sets, by their names; options are the same for all. Raises: RecipeError."""
+    if len({*data}) < len(data):
+        raise RecipeError("data: a set is given twice; name each once.")
+    return {name: probe(model, name, **options) for name in data}
 
 
 def untrained(network: Any, seed: int) -> Any:
@@ -247,10 +288,15 @@ def untrained(network: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(network)(network.config)
+    keep_measured(fresh, network)
+    return fresh
+
+
+def keep_measured(fresh: torch.nn.Module, network: torch.nn.Module) -> None:
+    """Give a network what another of the same shape has measured of data."""
     for own, trained in zip(fresh.modules(), network.modules(), strict=True):
         for name in getattr(own, "measured", ()):
             getattr(own, name).copy_(getattr(trained, name))
-    return fresh
 
 
 def _measured(
@@ -264,12 +310,33 @@ def _measured(
     """The protocols on the device that the model is on."""
 
     def moved(rows: Rows) -> dict[str, Tensor]:
-        return {name: rows[name].to(_device()) for name in ("embedding", "cls", "label", "index") if name in rows}
+        found = {name: rows[name].to(local_device()) for name in MOVED if name in rows}
+        return found | ({"attend": found["attend"].bool()} if "attend" in found else {})
 
     def drawn(epoch: int) -> dict[str, Tensor]:
         return moved(embed_set(sets.train.drawn(seed, epoch), run))
 
     return measure(protocols, moved(bank), moved(test), sets.classes, seed, drawn)
+
+
+def label_free(sets: Sets, run: Any, bank: Rows, seed: int) -> dict[str, float]:
+    """Metrics of the training split and of two random views of it, with those that labels show where there are any."""
+    first, second = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
+    found = {**health.of_set(bank["embedding"]), **health.of_views(*_shared(first, second))}
+    return found | (health.of_classes(bank["embedding"], bank["label"], seed) if sets.test is not None else {})
+
+
+def _check_room(sets: Sets, run: Any) -> None:
+    """Whether all tokens can be held. Raises: RecipeError."""
+    batch = next(iter(sets.train))
+    with torch.no_grad():
+        found = run(batch)["tokens"]
+    samples, each = len(sets.train.data) + (len(sets.test.data) if sets.test else 0), 4 * found[0].numel()
+    if samples * each > TOKEN_BYTES:
+        raise RecipeError(
+            f"protocol: attentive holds the tokens of all samples, {samples * each / 2**30:.0f} GiB here, and at most "
+            f"{TOKEN_BYTES / 2**30:.0f}; give samples={TOKEN_BYTES // each // 2}."
+        )
 
 
 def _shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mmssl.config import nearest
 from mmssl.errors import RecipeError
+from mmssl.evaluate.attentive import Attentive, attentive_accuracy
 from mmssl.evaluate.features import rank_in_class
+from mmssl.evaluate.fewshot import FewShot, few_shot
 from mmssl.evaluate.knn import Knn, knn_accuracies
 from mmssl.evaluate.linear import Heads, Linear, Logistic, logistic_path
 
-Protocol = Knn | Linear | Logistic
+Protocol = Knn | Linear | Logistic | Attentive | FewShot
 Rows = Mapping[str, Tensor]
 
 HELD_OUT = 0.1  # of the training samples, where a protocol has to choose
@@ -48,6 +50,10 @@ PROTOCOLS: dict[str, Protocol] = {
     "grid": Linear(
         (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 8.0, 30.0), weight_decay=(0.0, 1e-6, 1e-4), augment=False
     ),  # blind to the scale of features
+    "attentive": Attentive(),
+    "few-1": FewShot(1),
+    "few-5": FewShot(5),
+    "few-10": FewShot(10),
 }
 
 
@@ -68,11 +74,23 @@ def choose(names: str | Sequence[str], neighbours: int = 20, **changes: Any) -> 
         value = changes.get(name)
         if value is not None and not (value > 0 and least <= value < float("inf")):
             raise RecipeError(f"{name}: {value}, must be {'above 0' if name == 'lr' else 'at least 1'}.")
-    changes = {name: (value,) if name == "lr" else value for name, value in changes.items() if value is not None}
+    changes = {name: value for name, value in changes.items() if value is not None}
     found = {name: PROTOCOLS[name] for name in wanted} | ({"knn": Knn((neighbours,))} if "knn" in wanted else {})
-    if changes and not any(isinstance(protocol, Linear) for protocol in found.values()):
-        raise RecipeError(f"{next(iter(changes))}: none of {', '.join(wanted)} trains with it; leave it out.")
-    return {name: replace(p, **changes) if isinstance(p, Linear) else p for name, p in found.items()}
+    for change in changes:
+        if not any(_takes(protocol, change) for protocol in found.values()):
+            raise RecipeError(f"{change}: none of {', '.join(wanted)} trains with it; leave it out.")
+    return {name: _changed(p, changes) for name, p in found.items()}
+
+
+def _takes(p: Protocol, change: str) -> bool:
+    return isinstance(p, Linear | Attentive) and hasattr(p, change)
+
+
+def _changed(p: Protocol, changes: Mapping[str, Any]) -> Protocol:
+    own = {name: value for name, value in changes.items() if _takes(p, name)}
+    if isinstance(p, Linear) and "lr" in own:
+        own["lr"] = (own["lr"],)
+    return replace(p, **own)
 
 
 @torch.enable_grad()
@@ -87,7 +105,8 @@ def measure(
     """Accuracy of frozen features under several protocols.
 
     Args:
-        bank, test: `embedding` (N, D), `label` (N,), `index` (N,), and `cls` (N, n, D) for those that take cls tokens.
+        bank, test: `embedding` (N, D), `label` (N,), `index` (N,), `cls` (N, n, D) for those that take cls tokens, and
+            `tokens` (N, L, D), `attend` (N, L) for attentive.
         seed: of first weights, of the order of samples, and of the training samples that are held out to choose by.
         drawn: epoch -> rows of the bank's samples under that epoch's views; the bank itself if None.
     Returns: for each `accuracy` 0..1 on `test` and what it was reached with; where there was a choice also `held_out`, the
@@ -100,11 +119,16 @@ def measure(
             found[name] = _vote(p, bank, test)
         elif isinstance(p, Logistic):
             found[name] = _regress(p, bank, test, classes, _held(bank, name, seed))
+        elif isinstance(p, Attentive):
+            found[name] = {"accuracy": attentive_accuracy(p, bank, test, classes, seed), **asdict(p)}
+        elif isinstance(p, FewShot):
+            score = few_shot(p, bank["embedding"], bank["label"], test["embedding"], test["label"], seed)
+            found[name] = {"accuracy": score.value, "low": score.low, "high": score.high, **asdict(p)}
     trained = {name: p for name, p in protocols.items() if isinstance(p, Linear)}
     found |= _train(trained, bank, test, classes, seed, drawn)
-    for name, p in trained.items():
+    for name, p in protocols.items():
         changed = {key: value for key, value in asdict(PROTOCOLS[name]).items() if value != getattr(p, key)}
-        found[name] |= {"overridden": changed} if changed else {}
+        found[name] |= {"overridden": changed} if changed and name != "knn" else {}
     return {name: found[name] for name in protocols}
 
 

@@ -15,6 +15,7 @@ LOADERS = {  # keyword of the model -> what prepares its input
     "input_ids": ("AutoTokenizer", "text"),
 }
 
+GAINED = "change/"  # metrics of a run that has ended, see mmssl/training/change.py
 OWN_CODE = ", trust_remote_code=True)  # with `import mmssl` before, no remote code is needed"
 
 
@@ -85,8 +86,26 @@ def _length(step: int | None) -> str:
 
 
 def _table(metrics: dict[str, float]) -> str:
-    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(metrics.items()))
-    return f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
+    plain = {key: value for key, value in metrics.items() if not key.startswith(GAINED)}
+    rows = "".join(f"| `{key}` | {value:.4g} |\n" for key, value in sorted(plain.items()))
+    return (f"\n## Last measured\n\n| metric | value |\n|---|---|\n{rows}" if rows else "") + _gains(metrics)
+
+
+def _gains(metrics: dict[str, float]) -> str:
+    """What training has changed, of each set: by classifiers with the interval of the gain, and the rank of features."""
+    rows = ""
+    for key in sorted(name.removesuffix("_before") for name in metrics if name.startswith(GAINED) and name.endswith("_before")):
+        where, _, what = key.removeprefix(GAINED).rpartition("/")
+        before, after = metrics[f"{key}_before"], metrics[f"{key}_after"]
+        if f"{key}_gain" in metrics:
+            gain, low, high = (100 * metrics[f"{key}_{part}"] for part in ("gain", "low", "high"))
+            rows += f"| {where} {what} | {before:.1%} | {after:.1%} | {gain:+.1f} points ({low:+.1f} to {high:+.1f}) |\n"
+        else:
+            rows += f"| {where} effective {what} | {before:.1f} | {after:.1f} | |\n"
+    title = (
+        "\n## Before and after training\n\n| | before | after | gain, 95 % interval over test samples |\n|---|---|---|---|\n"
+    )
+    return title + rows if rows else ""
 
 
 def card(

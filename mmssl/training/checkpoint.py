@@ -62,7 +62,7 @@ def save(
     text = json.dumps(dict(state)).encode()
     files = {f"{name}{SUFFIX}": safetensors(group) for name, group in tensors.items()}
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + len(text) + 65536
-    final = root / f"step-{step:08d}"
+    final = place(root, step)
     temporary = root / f".tmp-{final.name}-{secrets.token_hex(4)}"
     with storing(root, needed):
         root.mkdir(parents=True, exist_ok=True)
@@ -179,6 +179,11 @@ def step_of(path: Path) -> int:
     if found is None:
         raise ValueError(f"{path} is not named like a checkpoint")
     return int(found[1])
+
+
+def place(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, if there is one."""
+    return root / f"step-{step:08d}"
 
 
 def drop_after(path: Path) -> None:

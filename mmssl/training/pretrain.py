@@ -20,6 +20,9 @@ from mmssl.errors import DataError, MmsslError, storage_error
 from mmssl.hub.export import modelling_code
 from mmssl.parts import Teacher
 from mmssl.training import checkpoint
+from mmssl.training.change import change, told
+from mmssl.training.choice import Watched, watched
+from mmssl.training.export import export
 from mmssl.training.launch import launched, main_first, out, training_arguments, unpartitioned
 from mmssl.training.member import Member, Together
 from mmssl.training.objective import JointObjective, Objective
@@ -33,6 +36,7 @@ from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.saving import Proof, complete, has_saved, load_run, newest, reopen, rewind, save_run
 from mmssl.training.signals import Signals
+from mmssl.training.state import model_state
 from mmssl.training.trackers import following
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.training.watchdog import Watchdog
@@ -181,12 +185,15 @@ class Run:
             lambda trainer: record(trainer, folder, {member.name: member.place for member in members}),
             self._rewind,
             folder.read_status().get("rollbacks") or 0 if resume else 0,
+            self.conclude,
         )
         self.trainer.metrics = state.get("metrics", {})
         self.trainer.first = folder.first_metrics() if self.start else {}
         self.trainer.recent = state.get("skipped", [])
         self.trainer.retention = Retention(self.steps, recipe.save, state.get("retention"))
-        self.last = found if self.start >= self.steps else None  # a checkpoint with no update after it
+        self.trainer.chosen = self._chosen()
+        self.trainer.take_choices(state)
+        self.last = found if self.start >= self.steps or self.trainer.early else None  # with no update after it
         if found is not None and self.last is None:
             self.trainer.add_callback(Proof(self.trainer, found))
 
@@ -242,15 +249,23 @@ class Run:
                 self.progress.probed()
 
     def _train(self) -> None:
+        ended = self.last is not None and self.trainer.early
         with self.progress, following(self.recipe, self.folder, self.trainer):
             try:
-                self.trainer.train()
+                if not ended:
+                    self.trainer.train()
             except DataError as error:  # from a worker it comes with a traceback before its text
                 raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
         if self.last is not None:
             complete(self.recipe, self.views, self.folder, self.last)
-        step = self.trainer.state.global_step
-        self.folder.status("preempted" if step < self.steps else "finished", step=step, steps=self.steps)
+        step = self.start if ended else self.trainer.state.global_step
+        state = "finished" if step >= self.steps or self.trainer.early else "preempted"
+        best = self.trainer.chosen.get("best")
+        if best is not None and best.step is not None and self.folder.is_main:
+            export(self.folder.path, checkpoint="best")
+        kept = best and {name: best.state()[name] for name in ("metric", "value", "step")}
+        facts = {"change": told(self.trainer.metrics), "best": kept, "early": self._early}
+        self.folder.status(state, step=step, steps=self.steps, **facts)
 
     def record(self, error: BaseException) -> None:
         """Leave the cause of a failure in status.json."""
@@ -260,6 +275,28 @@ class Run:
         """Pictures, and the metrics of all members and of what binds them; a collective."""
         found = {name: value for member in self.members for name, value in member.measure(trainer).items()}
         return found | (self.crossing.measure(trainer) if self.crossing else {})
+
+    def _chosen(self) -> dict[str, Watched]:
+        """The metrics that decide what is kept, and when to end. Raises: RecipeError if they are not measured."""
+        names = [name for member in self.members for name in member.probes.names(member.objective)]
+        found = {
+            "best": watched(self.recipe.save.best, "save.best", names),
+            "stop": watched(self.recipe.watch.stop, "watch.stop", names),
+        }
+        return {name: one for name, one in found.items() if one is not None}
+
+    @property
+    def _early(self) -> str | None:
+        """Why the run ended before its last update."""
+        if not self.trainer.early:
+            return None
+        stop = self.trainer.chosen["stop"]
+        return f"{stop.metric} was no better than at step {stop.step} in {stop.waited} measurements (watch.stop)"
+
+    def conclude(self, trainer: SelfSupervisedTrainer) -> dict[str, float]:
+        """How the exported encoder compares with what the run started from, if that is watched; a collective."""
+        sets = {member.name: member.probes.sets if member.recipe.watch.change else None for member in self.members}
+        return change(trainer, self.recipe, sets, model_state(trainer.objective)) if any(sets.values()) else {}
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))

@@ -50,6 +50,16 @@ class Probes:
         labels[held_out(source, self.recipe.train.seed)] = -1
         return source.classes, source._replace(labels=labels)
 
+    def names(self, objective: Objective) -> list[str]:
+        """Of the metrics that `measure` gives; of few samples some may be undefined."""
+        if self.sets is None:
+            return []
+        found = [f"health/{name}" for name in (*health.OF_SET, "feature_rankme")]
+        if self.sets.test is not None:
+            measures = ["knn"] + ["linear"] * (objective.probe is not None)
+            found += [f"probe/{self.sets.name}/{name}" for name in measures]
+        return [inside(name, self.member) for name in found]
+
     def measure(self, trainer: SelfSupervisedTrainer, objective: Objective) -> dict[str, float]:
         """Metrics of the student on the sets of `watch`; a collective. Raises: Interrupted if a rank has heard a signal."""
         if self.sets is None:

@@ -31,7 +31,7 @@ from mmssl.redaction import HIDDEN, redact
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl",
          "results.json")  # fmt: skip
-FOLDERS = ("model", "heads", "report", "replay")
+FOLDERS = ("model", "best", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
     ".del-*",
@@ -236,6 +236,7 @@ class RunFolder:
     checkpoints = _inside("checkpoints")
     replay = _inside("replay")  # step-N.json: the batch of an update that was not applied
     model = _inside("model")  # the encoder, for AutoModel
+    best = _inside("best")  # the encoder of the best checkpoint, by save.best
     heads = _inside("heads")  # all else that was trained
     card = _inside("README.md")
     status_file = _inside("status.json")

@@ -95,6 +95,8 @@ def _save(
 ) -> None:
     step, recipe = trainer.state.global_step, trainer.recipe
     also_keep = trainer.retention.at(step)
+    if "best" in trainer.chosen and trainer.chosen["best"].step is not None:
+        also_keep.add(trainer.chosen["best"].step)
     state = {
         "step": step,
         "applied": trainer.applied,
@@ -103,6 +105,7 @@ def _save(
         "samples": [trainer.bad, trainer.seen],
         "skipped": trainer.recent,
         "retention": trainer.retention.state(),
+        "chosen": {name: one.state() for name, one in trainer.chosen.items()},
         "next_batch": dict(next_batch or {}),
         "metrics": trainer.metrics,
         "recipe": resuming.facts(recipe),
@@ -240,6 +243,9 @@ def rewind(trainer: SelfSupervisedTrainer, folder: RunFolder, why: MmsslError) -
     restore_model_state(trainer.objective, tensors["model"], resuming.added(state.get("recipe", {}), trainer.recipe))
     load_optimizer_state(trainer.objective, trainer.optimizer, tensors["optimizer"])
     trainer.stand_at(state)
+    best = trainer.chosen.get("best")
+    if best is not None and best.step is not None and not checkpoint.place(folder.checkpoints, best.step).exists():
+        best.load(None)  # a later one, which the run left just now, had taken its place
     barrier()  # all have read it
     if folder.is_main:
         folder.truncate_metrics(int(state["step"]))

@@ -18,9 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from mmssl import stage
 from mmssl.config import Settings
 from mmssl.data.quarantine import Quarantine
-from mmssl.distributed import all_max, all_sum, check_world, limit_groups, world
+from mmssl.distributed import all_max, all_sum, check_world, gather_objects, limit_groups, world
 from mmssl.errors import CollapseError, DataError, MmsslError, NonFiniteError, RecipeError
 from mmssl.evaluate import health
+from mmssl.training.choice import Watched
 from mmssl.training.guards import LocalGradients, RunningStatistics, forget_gradients, weights_finite
 from mmssl.training.launch import check_deepspeed
 from mmssl.training.limits import Limits
@@ -87,6 +88,7 @@ class SelfSupervisedTrainer(Trainer):
             what an error should say about its samples.
         rewind: goes back to a checkpoint because of that error, on all ranks; None where there is nothing to go back to.
         quarantine: counts unreadable samples.
+        conclude: what is measured in addition when the run ends; on all ranks.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class SelfSupervisedTrainer(Trainer):
         skipped: Callable[[SelfSupervisedTrainer], str] = lambda _: "",
         rewind: Callable[[SelfSupervisedTrainer, MmsslError], None] | None = None,
         rollbacks: int = 0,
+        conclude: Callable[[SelfSupervisedTrainer], dict[str, float]] = lambda _: {},
     ):
         super().__init__(model=objective, args=args, callbacks=[Hooks(self)])
         self.remove_callback(PrinterCallback)  # a bar and metrics.jsonl say it better
@@ -133,6 +136,8 @@ class SelfSupervisedTrainer(Trainer):
         self.norm: float | None = None  # of its gradients, if it came to them
         self.told = ""  # about the samples of the last update that was left out
         self.note_skip, self.rewind, self.rollbacks = skipped, rewind, rollbacks
+        self.conclude = conclude
+        self.chosen: dict[str, Watched] = {}  # "best", "stop": metrics that decide what is kept, and when to end
         self.warned: set[str] = set()  # metrics below the guard
         self.retention = Retention(steps, recipe.save)
         self.failed_saves = 0  # in a row
@@ -394,7 +399,7 @@ class SelfSupervisedTrainer(Trainer):
     @property
     def ending(self) -> bool:
         """Whether nothing comes after this save."""
-        return self.stop_signal is not None or self.state.global_step >= self.steps
+        return self.stop_signal is not None or self.state.global_step >= self.steps or self.early
 
     def stand_at(self, state: dict[str, Any]) -> None:
         """Take the counters of a checkpoint that was loaded, and forget what came after it.
@@ -405,9 +410,15 @@ class SelfSupervisedTrainer(Trainer):
         self.applied, self.metrics = int(state["applied"]), state["metrics"]
         self.recent = [*state.get("skipped", [])]
         self.retention = Retention(self.steps, self.recipe.save, state.get("retention"))
+        self.take_choices(state)
         self.skips, self.spoilt, self.pending, self.weights = 0, False, [], []
         self.sums, self.terms, self.skipped_since_log = {}, 0, 0
         self.last_log = (time.perf_counter(), self.samples)
+
+    def take_choices(self, state: dict[str, Any]) -> None:
+        """What a checkpoint says of the metrics that decide."""
+        for name, one in self.chosen.items():
+            one.load(state.get("chosen", {}).get(name))
 
     # Logging, probes, saving -----------------------------------------------------------------------------------------
 
@@ -432,10 +443,31 @@ class SelfSupervisedTrainer(Trainer):
         then = time.perf_counter()
         try:
             self.metrics = self.probe(self)
+            if self.chosen:
+                self._choose()
+            if self.state.global_step >= self.steps or self.early:
+                self.metrics = self.metrics | self.conclude(self)
         except Interrupted:
             return self._stop(self.control)
         self._pause(then)
         self._emit({"step": self.state.global_step, **self.metrics})
+
+    def _choose(self) -> None:
+        """Keep this state if it is the best, and end the run if it has not been for long, as the main process sees it."""
+        self.metrics = gather_objects(self.metrics)[0]
+        if self.skips:
+            return  # the weights are those of the measurement before, and nothing is saved
+        better = {name for name, one in self.chosen.items() if one.take(self.state.global_step, self.metrics)}
+        if "best" in better:
+            self.control.should_save = True
+        if self.early:
+            self.control.should_training_stop = self.control.should_save = True
+
+    @property
+    def early(self) -> bool:
+        """Whether the run ends before its last update because a metric stopped getting better."""
+        watch = self.recipe.watch.stop
+        return watch is not None and "stop" in self.chosen and self.chosen["stop"].waited >= watch.patience
 
     def _log_terms(self, grad_norm: Any) -> dict[str, Any]:
         """Means over the updates since the last line; null, never 0.0, if none of them was applied."""

@@ -1,7 +1,7 @@
 """Speech."""
 
 from mmssl.registry import Modality
-from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw
+from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.speech.features import SpeechFeatures
 from modalities.speech.picture import sketch
 from modalities.speech.processor import plain_views, processor, stated
@@ -62,4 +62,5 @@ MODALITY = Modality(
     stated=stated,
     tune="modalities.speech.tune",
     sketch=sketch,
+    sizes=sizes,
 )

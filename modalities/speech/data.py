@@ -59,6 +59,11 @@ def decode(value: Any) -> Tensor:
     return wave
 
 
+def sizes(sample: Tensor) -> dict[str, float]:
+    """Duration in seconds."""
+    return {"seconds": len(sample) / RATE}
+
+
 def raw(sample: Tensor) -> Tensor:
     """Mean and standard deviation over time of the log-mel spectrogram: 80 bands, windows of 25 ms every 10 ms. (160,)."""
     bands = _mel()(sample).clamp(min=1e-6).log()  # (80, frames)

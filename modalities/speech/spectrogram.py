@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmssl.registry import Modality
-from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw
+from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw, sizes
 from modalities.speech.mel_features import MelFeatures
 from modalities.speech.mel_views import MelViews
 from modalities.speech.picture import draw, sketch
@@ -93,4 +93,5 @@ MODALITY = Modality(
     draw=draw,
     tune="modalities.speech.tune",
     sketch=sketch,
+    sizes=sizes,
 )

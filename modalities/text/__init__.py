@@ -1,7 +1,7 @@
 """Text."""
 
 from mmssl.registry import Modality
-from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw
+from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.text.features import TextFeatures
 from modalities.text.picture import draw, sketch
 from modalities.text.processor import plain_views, processor, stated
@@ -73,4 +73,5 @@ MODALITY = Modality(
     stated=stated,
     tune="modalities.text.tune",
     sketch=sketch,
+    sizes=sizes,
 )

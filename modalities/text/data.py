@@ -48,6 +48,11 @@ def decode(value: Any) -> str | np.ndarray:
     return text
 
 
+def sizes(sample: str | np.ndarray) -> dict[str, float]:
+    """Length in characters, or in tokens if they are ids."""
+    return {"characters" if isinstance(sample, str) else "tokens": len(sample)}
+
+
 def raw(sample: str) -> Tensor:
     """Words hashed to 4096 signed counts, of length 1. (4096,) float32."""
     return torch.from_numpy(_hashing().transform([sample]).toarray()[0].astype(np.float32))

@@ -1,7 +1,7 @@
 """Images."""
 
 from mmssl.registry import Modality
-from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw
+from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw, sizes
 from modalities.vision.features import PatchFeatures
 from modalities.vision.picture import draw, sketch
 from modalities.vision.processor import plain_views, processor, stated
@@ -94,4 +94,5 @@ MODALITY = Modality(
     stated=stated,
     tune="modalities.vision.tune",
     sketch=sketch,
+    sizes=sizes,
 )

@@ -38,6 +38,11 @@ def decode(value: Any) -> Image.Image:
         return _rgb(_loaded(image))
 
 
+def sizes(sample: Image.Image) -> dict[str, float]:
+    """Width and height in pixels."""
+    return {"width": sample.width, "height": sample.height}
+
+
 def raw(sample: Image.Image, size: int = 32) -> Tensor:
     """Pixels of the image resized to size x size. (3*size*size,) float32 in [0, 1]."""
     small = sample.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)

@@ -10,7 +10,8 @@ from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
 from mmssl.evaluate import probe as module
-from mmssl.evaluate.probe import _runner, inputs_of, modality_of, untrained
+from mmssl.evaluate.embedding import embed
+from mmssl.evaluate.probe import inputs_of, modality_of, runner, untrained
 from mmssl.model import released
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
@@ -23,7 +24,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def embedded(model, view) -> torch.Tensor:
     torch.manual_seed(0)
     with torch.no_grad():
-        return _runner(model)(Batch([view], torch.arange(len(view.x))).tensors())["embedding"]
+        return runner(model)(Batch([view], torch.arange(len(view.x))).tensors())["embedding"]
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_cls_tokens_are_those_of_the_last_blocks_after_the_norm(asked, layers, t
     torch.nn.init.normal_(transformer.norm.weight)
     view = View(torch.randn(2, 3, 8, 8), "vision")
     with torch.no_grad():
-        found = _runner(tiny_model, asked)(Batch([view], torch.arange(2)).tensors())["cls"]
+        found = runner(tiny_model, asked)(Batch([view], torch.arange(2)).tensors())["cls"]
         by_hand = [torch.nn.functional.layer_norm(x[:, 0], (8,), eps=1e-6) for x in outputs[3 - layers :]]
         scaled = [x * transformer.norm.weight + transformer.norm.bias for x in by_hand]
     assert_close(found.flatten(1), torch.cat(scaled, 1))
@@ -243,7 +244,7 @@ def test_metrics_without_a_classifier_are_told_of_each_network(tiny_model, image
     words = [str(tmp_path / "model"), f"data={image_folder}", "metrics=true", "random=true", "samples=24"]
     assert main(["probe", *words, "json=true"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = module.embed(tmp_path / "model", str(image_folder), samples=24)
+    rows = embed(tmp_path / "model", str(image_folder), samples=24)
     expected = health.of_set(rows["embedding"]) | health.of_classes(rows["embedding"], rows["label"])
     mine = found["model"]["metrics"]
     assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-5)
