@@ -1,6 +1,7 @@
 """Which file may import which. Read from the source, so that an import inside a function counts as well."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,15 @@ def test_exported_model_code_needs_torch_and_transformers_only(name):
         top = other.split(".")[0]
         inside = other in ("mmssl.types", "mmssl.random") or other.startswith("mmssl.model.")
         assert inside or top in {"torch", "transformers", *sys.stdlib_module_names}, f"{name} imports {other}"
+
+
+def test_the_auto_classes_know_our_model_whatever_was_imported_first():
+    """Loading them registers it, which imports files that may be in the midst of being imported."""
+    code = (
+        "import {first}\nfrom transformers import AutoModel\nfrom mmssl.model.configuration import MmsslConfig\n"
+        "config = MmsslConfig(hidden_size=8, depth=1, heads=2, image_size=8, patch_size=4)\n"
+        "assert type(AutoModel.from_config(config)).__name__ == 'MmsslModel'"
+    )
+    for first in ("mmssl.model.backbone", "mmssl.model.tasks"):
+        done = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder, mean_tokens
@@ -38,6 +38,8 @@ class Backbone(nn.Module):
     @classmethod
     def from_config(cls, config: MmsslConfig) -> Backbone:
         """Build with fresh weights. Raises: ValueError that begins with the option that is wrong."""
+        from transformers import AutoModel  # here, since it registers our model when it is loaded, which imports this file
+
         return cls(AutoModel.from_config(AutoConfig.for_model(**(config.backbone or {}))), config)
 
     def forward(self, view: View) -> Encoded:

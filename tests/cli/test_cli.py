@@ -229,10 +229,10 @@ def test_a_missing_word_is_named():
 
 def test_the_last_word_may_be_several():
     options = {"deep": OPTIONS["deep"]}
-    assert parse(["a", "b/x=1", "deep=true", "c"], ("RUN...",), options)["run"] == ["a", "b/x=1", "c"]
-    assert parse(["a", "b"], ("FILE", "RUN..."), options)["run"] == ["b"]
-    with pytest.raises(RecipeError, match="RUN: missing"):
-        parse(["deep=true"], ("RUN...",), options)
+    assert parse(["a", "b/x=1", "deep=true", "c"], ("RUN ...",), options)["run"] == ["a", "b/x=1", "c"]
+    assert parse(["a", "b"], ("FILE", "RUN ..."), options)["run"] == ["b"]
+    with pytest.raises(RecipeError, match=r"RUN \.\.\.: missing"):
+        parse(["deep=true"], ("RUN ...",), options)
 
 
 def test_options_are_described():

@@ -14,19 +14,21 @@ CLASSES = 3
 
 
 def rows(n: int, seed: int, noise: float = 0.5):
-    """Features of three classes whose last column is the sample's index, and three layers of cls tokens."""
+    """Features of three classes whose last column is the sample's index, three layers of cls tokens, and three tokens."""
     draw = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % CLASSES
     means = 2 * torch.eye(CLASSES, 8)[label]
     embedding = means + noise * torch.randn(n, 8, generator=draw)
     cls = torch.stack([noise * torch.randn(n, 8, generator=draw), embedding, -embedding], 1)
-    return {"embedding": embedding, "cls": cls, "label": label, "index": 100 + torch.randperm(n, generator=draw)}
+    found = {"embedding": embedding, "cls": cls, "label": label, "index": 100 + torch.randperm(n, generator=draw)}
+    return found | {"tokens": cls, "attend": torch.ones(n, 3, dtype=torch.bool)}
 
 
 def test_every_protocol_learns_what_can_be_separated():
     chosen = {n: replace(p, epochs=min(p.epochs, 40)) if isinstance(p, Linear) else p for n, p in PROTOCOLS.items()}
     for name in ("simsiam", "mae-linear"):  # LARS goes a small share of its length at a time, and 60 samples are one batch
         chosen[name] = replace(chosen[name], batch=4, lr=(400.0,))
+    chosen["attentive"] = replace(chosen["attentive"], batch=4, lr=1e-2)
     found = measure(chosen, rows(60, 0), rows(30, 1), CLASSES)
     assert [*found] == [*PROTOCOLS]
     assert {name: result["accuracy"] for name, result in found.items() if result["accuracy"] < 0.9} == {}
