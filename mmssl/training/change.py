@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmssl.config import JointRecipe, Recipe, Settings
+from mmssl.distributed import gather_objects, rank
+from mmssl.errors import RecipeError
 from mmssl.evaluate.collapse import effective_rank
 from mmssl.evaluate.compare import MEASURES, alike, right_of, sentence
 from mmssl.evaluate.features import Sets
@@ -17,6 +19,7 @@ from mmssl.evaluate.probe import keep_measured
 from mmssl.hub.export import load_weights, recommended, tensors_of, weights_of
 from mmssl.training.launch import unpartitioned
 from mmssl.training.objective import inside
+from mmssl.training.saving import warn
 from mmssl.training.trainer import SelfSupervisedTrainer
 from mmssl.types import Batch
 
@@ -67,19 +70,28 @@ def _told(found: Mapping[str, Any], of: str) -> str:
 
 
 def _encoders(recipe: Settings, tensors: dict[str, Tensor]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Of each member the encoder that the run started from, and the one that it exports."""
+    """Of each member the encoder that the run started from, and the one that it exports.
+
+    Without those whose `model.init` can no longer be read: nothing else needs it once a run has begun.
+    """
     of = {name: recommended(member) for name, member in recipe.members.items()}
     parts = tensors_of(recipe, tensors, of) if isinstance(recipe, JointRecipe) else {"": tensors}
-    found = {}
+    found, problems = {}, {}
     started, trained = _built(recipe), _built(recipe)
     for name, member in recipe.members.items():
         before, after = started[name], trained[name]
-        if member.model.init:  # type: ignore[attr-defined]
-            load_weights(before, member.model.init)  # type: ignore[attr-defined]
+        try:
+            if member.model.init:  # type: ignore[attr-defined]
+                load_weights(before, member.model.init)  # type: ignore[attr-defined]
+        except RecipeError as error:
+            problems[name] = str(error)
         after.load_state_dict(weights_of(parts[name], of[name]))
         keep_measured(before, after)
         found[name] = before.eval(), after.eval()
-    return found
+    gone = {name: text for one in gather_objects(problems) for name, text in one.items()}  # for one rank, or for all
+    for text in gone.values() if not rank() else ():
+        warn(f"{text} The model is not compared with it (watch.change).")
+    return {name: both for name, both in found.items() if name not in gone}
 
 
 def _built(recipe: Settings) -> dict[str, Any]:

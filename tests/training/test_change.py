@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmssl.evaluate.features import embed, open_sets
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.hub.export import load_encoder
 from mmssl.registry import modality
+from mmssl.training import checkpoint
 from mmssl.training.change import change, told
 from mmssl.training.outcome import summary
 from mmssl.training.pretrain import prepare, pretrain
@@ -38,7 +40,7 @@ def rows(recipe, model):
         return [embed(part, run) for part in (member.probes.sets.train, member.probes.sets.test)]
 
 
-def test_a_run_says_what_it_has_gained_over_its_start(tiny_recipe, tmp_path):
+def test_a_run_says_what_it_has_gained_over_its_start(tiny_recipe, tmp_path, capsys):
     recipe = tiny_recipe("train.steps=3", "optim.lr=0.01", "watch.neighbours=3")
     found, status, folder = ended(recipe)
     assert {n.rsplit("/", 1)[1] for n in found} >= {"knn_gain", "linear_low", "rank_before", "cka"}
@@ -61,6 +63,9 @@ def test_a_run_says_what_it_has_gained_over_its_start(tiny_recipe, tmp_path):
     assert later["change/test/knn_before"] == later["change/test/knn_after"] == found["change/test/knn_after"]
     assert later["change/test/linear_gain"] == later["change/test/linear_high"] == 0
     assert later["change/test/cka"] == pytest.approx(1)
+    shutil.rmtree(folder.model)
+    assert change(None, start, {"": None}, checkpoint.load(checkpoint.newest(folder.checkpoints))[0]["model"]) == {}
+    assert "The model is not compared with it" in capsys.readouterr().err
 
 
 def test_without_labels_ranks_are_compared(tiny_recipe, image_folder):
