@@ -53,7 +53,7 @@ def adopt(raw: dict[str, Any], options: Callable[[Modality], dict[str, Any]]) ->
     told = data.get("modality") if isinstance(data, dict) else None
     if not auto and told is not None and (model.get("backbone") or _complete(model, told, options)):
         return
-    kind, config, released = _read(init)
+    kind, config, released = _read(init, told if isinstance(told, str) else None)
     if isinstance(data, dict):
         data.setdefault("modality", kind.name)
     if isinstance(raw.get("views", {}), dict):
@@ -78,8 +78,12 @@ def _complete(model: dict[str, Any], told: Any, options: Callable[[Modality], di
 
 
 @lru_cache(maxsize=4)
-def _read(init: str) -> tuple[Modality, Any, Any]:
-    """The kind of data of a model; its config on the shared transformer, None if it is another network; and its own config."""
+def _read(init: str, told: str | None) -> tuple[Modality, Any, Any]:
+    """The kind of data of a model; its config on the shared transformer, None if it is another network; and its own config.
+
+    Args:
+        told: the kind of data that is asked for, which chooses among the members of a joint model.
+    """
     from transformers import AutoConfig
 
     from mmssl.model.released import load_encoder, modality_of
@@ -88,8 +92,11 @@ def _read(init: str) -> tuple[Modality, Any, Any]:
         network: Any = load_encoder(init)
         shared = network.config if network.config.model_type == "mmssl" else None
         if shared is not None and shared.members:
-            raise RecipeError(f"{init} takes {' and '.join(shared.members)}; name the folder of one, {init}/NAME")
-        kind = modality_of(network)
+            fitting = [name for name, own in shared.members.items() if own["modality"] == told]
+            if len(fitting) != 1:
+                raise RecipeError(f"{init} takes {' and '.join(shared.members)}; name the folder of one, {init}/NAME")
+            shared = shared.member(fitting[0])
+        kind = modality_of(network) if shared is None else modality(shared.modality)
     except RecipeError as error:
         raise RecipeError(f"model.init: {error}") from None
     if shared is not None and shared.backbone:

@@ -170,7 +170,7 @@ def test_what_we_train_runs_under_transformers(modality):
         ("text", {"extra_tokens": 1}),
         ("text", {"layer_scale": 0.1}),
         ("vision", {"norm": "post"}),
-        ("vision", {"positions": "sincos"}),
+        ("vision", {"positions": "none"}),
         ("vision", {"extra_tokens": 0}),
         ("vision", {"layer_scale": 0.0}),
         ("vision", {"prenet_depth": 1}),
