@@ -46,7 +46,7 @@ from mmssl.model.released import modality_of, quiet
 from mmssl.model.tasks import TASKS, MmsslTask
 from mmssl.redaction import redact
 from mmssl.registry import Modality
-from mmssl.training.launch import import_deepspeed, launched
+from mmssl.training.launch import import_deepspeed, launched, main_first
 from mmssl.training.run_folder import RunFolder, write_atomic
 from mmssl.training.signals import Signals
 
@@ -130,17 +130,8 @@ def finetune(recipe: FinetuneRecipe, overwrite: bool = False, resume: bool = Fal
 
 def _opened(recipe: FinetuneRecipe, args: TrainingArguments, overwrite: bool, resume: bool) -> RunFolder:
     """The run folder, made by the main process while the others wait. Raises: RecipeError, on all of them."""
-    at, folder, error = Path(recipe.out), None, None
-    if args.process_index == 0:
-        try:
-            folder = _going_on(recipe) if resume else RunFolder.create(at, overwrite)
-        except MmsslError as problem:  # the other ranks must hear of it
-            error = problem
-    failed = float(all_sum(torch.tensor(float(error is not None), device=args.device)))
-    if error is not None:
-        raise error
-    if failed:
-        raise RecipeError("The main process could not prepare the run; its message says why.")
+    at = Path(recipe.out)
+    folder = main_first(lambda: _going_on(recipe) if resume else RunFolder.create(at, overwrite), args)
     return folder or RunFolder(at, is_main=False)
 
 
