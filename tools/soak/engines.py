@@ -43,6 +43,34 @@ method: {name: data2vec2, top_k: 2, momentum: 0.5}
 """,
     0.02,
 )
+PAIRS = (  # the picture and the sound of the same number belong together
+    """\
+modalities:
+  vision:
+    data: {column: image}
+    model: {image_size: 16, patch_size: 4}
+  speech:
+    data: {column: audio}
+    model: {conv_channels: 16, position_kernel: 7, position_groups: 4}
+    views: {longest: 0.5, shortest: 0.3, normalise: true}
+data: {path: FOLDER/pairs, workers: 0}
+model: {hidden_size: 32, depth: 2, heads: 2, norm: pre, norm_eps: 1.0e-5}
+method: {name: bind, dim: 16}
+bind: {temperature: 0.5}
+""",
+    0.02,
+)
+COMBINED = (
+    VISION
+    + """method:
+  name: data2vec2+mae+vicreg
+  data2vec2: {top_k: 2, momentum: 0.5, decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}}
+  mae: {weight: 0.5, decoder: {dim: 16, depth: 1, heads: 2}}
+  vicreg: {weight: 0.04, hidden: 32, dim: 16}
+views: {crops: [{count: 2, scale: [0.4, 1.0]}], mask: {ratio: 0.75, adjust: 0.1, width: 2, copies: 2}}
+""",
+    0.01,
+)
 REST = """\
 optim: {name: sgd, lr: RATE, weight_decay: 0.01, warmup: 2, clip: 1.0}
 train: {steps: 20, global_batch: 16, device: cpu, log_every: 1, threads: 1}
@@ -75,7 +103,9 @@ views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio:
 """,
         0.02,
     ),
+    "three at once": COMBINED,
     "images and speech": JOINT,
+    "pairs": PAIRS,
 }
 
 
@@ -249,6 +279,7 @@ def say(run: Path, state: dict[str, Any]) -> Any:
 def write_samples(place: Path) -> None:
     """Pictures of four coloured quarters, and tones of half a second. All differ, or batch norm would blow up rounding."""
     import numpy as np
+    import pyarrow.parquet
     import soundfile
     from PIL import Image
 
@@ -260,3 +291,9 @@ def write_samples(place: Path) -> None:
         Image.fromarray(quarters.repeat(10, 0).repeat(10, 1)).save(place / "pictures" / "train" / f"{i:02}.png")
         tone = np.sin(2 * np.pi * draw.uniform(200, 2000) * np.arange(8000) / 16000) + 0.3 * draw.standard_normal(8000)
         soundfile.write(place / "sounds" / "train" / f"{i:02}.wav", 0.1 * tone, 16000)
+    (place / "pairs").mkdir()
+    columns = {
+        name: [file.read_bytes() for file in sorted((place / folder / "train").iterdir())]
+        for name, folder in (("image", "pictures"), ("audio", "sounds"))
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), place / "pairs" / "train.parquet")
