@@ -29,10 +29,17 @@ results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is the
 soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
 
-bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
-	$(BIN)/python -m tools.bench masks
-	$(BIN)/python -m tools.bench visible
-	$(BIN)/python -m tools.bench claim
+PEERS := .venv-bench
+$(PEERS)/.installed: pyproject.toml constraints.txt  ## what others would use, beside this package
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e . lightly
+	touch $@
+
+bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about an hour
+	for name in masks visible claim save nt_xent; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
+	for name in mae wav2vec2 mlm; do $(PEERS)/bin/python -m tools.bench step method=$$name batch=8 || exit 1; done
+	for name in simclr byol vicreg barlow_twins swav dino; do for part in step loss; do \
+		$(PEERS)/bin/python -m tools.bench joint method=$$name part=$$part || exit 1; done; done
 
 clean:
-	rm -rf .venv build *.egg-info runs demo-data
+	rm -rf .venv .venv-bench build *.egg-info runs demo-data

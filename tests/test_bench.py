@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 
-from tools.bench import masks, save
+import pytest
+
+from tools.bench import masks, save, step
+from tools.bench.turns import by_turns
 
 
 def test_the_benchmark_of_masks_counts_teacher_passes_and_tokens():
@@ -19,6 +22,29 @@ def test_the_benchmark_of_saving_writes_both_ways(tmp_path):
     assert found["time_ratio"] > 0
     assert found["bytes"] > 1e5
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("method", ["mae", "wav2vec2", "mlm"])
+def test_a_step_of_transformers_has_the_same_loss(method):
+    decoder = {"mae": " method.decoder.depth=1"}.get(method, "")
+    found = step.run(method=method, batch="1", pairs="1", memory="false", words="model.depth=1" + decoder)
+    assert found["loss_difference"] < 1e-5
+    assert found["seconds"].keys() == {"ours", "theirs"}
+
+
+def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
+    pair = step.PEERS["mlm"](1, "cpu", "model.depth=1")
+    other = pair.theirs._replace(compared=lambda: 2 * pair.ours.compared())
+    monkeypatch.setitem(step.PEERS, "mlm", lambda *given: pair._replace(theirs=other))
+    with pytest.raises(RuntimeError, match="compute different losses"):
+        step.run(method="mlm", memory="false")
+
+
+def test_turns_alternate_and_leave_out_the_first():
+    order = []
+    found = by_turns({name: lambda name=name: order.append(name) for name in "ab"}, turns=2, warm=1)
+    assert "".join(order) == "baabba"
+    assert {name: len(values) for name, values in found.seconds.items()} == {"a": 2, "b": 2}
 
 
 def test_an_unknown_benchmark_is_answered_with_those_that_exist():

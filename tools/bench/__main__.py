@@ -11,6 +11,8 @@ NAMES = {
     "claim": "time data2vec 2 needs for the k-NN accuracy that data2vec 1 reaches, on CIFAR-10",
     "visible": "an encoder that sees a quarter of the tokens against the same one that sees all",
     "save": "a checkpoint of the base image model against torch.save and fsync of the same bytes",
+    "step": "a training step of MAE, wav2vec 2.0 or masked language modelling against transformers: time and memory",
+    "joint": "a step of SimCLR, BYOL, VICReg, Barlow Twins, SwAV or DINO, or its loss alone, against lightly",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
 

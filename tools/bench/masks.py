@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from mmssl.random import generator
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer
 from mmssl.types import Batch, Clock, Mask, View
+from tools.bench.turns import by_turns
 
 
 def run(recipe: str = "vision/data2vec2-base", masks: str = "8", batch: str = "2", pairs: str = "5") -> dict[str, Any]:
@@ -29,29 +28,23 @@ def run(recipe: str = "vision/data2vec2-base", masks: str = "8", batch: str = "2
     optimizer = build_optimizer(objective, setting.optim)
     calls: list[int] = []
     method.teacher.encoder.transformer.register_forward_hook(lambda _, given, out: calls.append(len(given[0])))
-    seconds: dict[int, list[float]] = {1: [], int(masks): []}
-    for turn in range(int(pairs) + 1):
-        for copies in seconds:
-            tensors, keys = _batch(setting, method, int(batch), copies)
-            calls.clear()
-            start = time.perf_counter()
-            objective(tensors, keys, Clock(turn, 100))["total"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            objective.method.after_step(Clock(turn + 1, 100))
-            if turn:  # the first turn warms up
-                seconds[copies].append(time.perf_counter() - start)
-            assert calls == [int(batch)], "the teacher must run once per sample, whatever the number of masks"
-    ratios = [many / one for one, many in zip(*seconds.values())]
+    batches = {copies: _batch(setting, method, int(batch), copies) for copies in (int(masks), 1)}
+
+    def step(copies: int) -> None:
+        calls.clear()
+        objective(*batches[copies], Clock(0, 100))["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.method.after_step(Clock(1, 100))
+        assert calls == [int(batch)], "the teacher must run once per sample, whatever the number of masks"
+
+    turns = by_turns({f"{copies} masks": lambda copies=copies: step(copies) for copies in batches}, int(pairs))
     return {
         "name": f"{masks} masks : 1 mask, {recipe}, batch {batch}",
-        "time_ratio": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        **turns.figures(),
         "tokens_ratio": round(_tokens(setting, int(masks)) / _tokens(setting, 1), 3),
-        "seconds": {copies: round(statistics.median(values), 3) for copies, values in seconds.items()},
         "peer": "the same step with one mask",
         "peer_version": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from mmssl.losses import nt_xent
 from mmssl.random import generator
+from tools.bench.turns import by_turns, high_water
 
 
 def plain(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -36,28 +34,22 @@ def run(samples: str = "16384", dim: str = "128", pairs: str = "3", device: str 
         gradients over the largest gradient.
     """
     z1, z2 = (torch.randn(int(samples), int(dim), generator=generator("bench", view)).to(device) for view in range(2))
-    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     gradients: dict[str, Tensor] = {}
-    for turn in range(int(pairs) + 1):
-        for name in LOSSES:
-            start = time.perf_counter()
-            gradients[name] = _gradient(name, z1, z2)
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    ratios = [blocks / whole for blocks, whole in zip(*seconds.values())]
+
+    def keep(name: str) -> None:
+        gradients[name] = _gradient(name, z1, z2)
+
+    turns = by_turns({name: lambda name=name: keep(name) for name in LOSSES}, int(pairs))
     bytes_ = {name: _peak(name, samples, dim, device) for name in LOSSES}
     difference = (gradients["blocks"] - gradients["plain"]).abs().max() / gradients["plain"].abs().max()
     return {
         "name": f"NT-Xent in blocks : plain, N = {samples}, D = {dim}, {device}",
-        "time_ratio": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        **turns.figures(),
         "memory_ratio": round(bytes_["blocks"] / bytes_["plain"], 4),
         "mebibytes": {name: round(value / 2**20, 1) for name, value in bytes_.items()},
-        "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
         "gradient_difference": float(difference),
         "peer": "the same loss from the whole matrix",
         "peer_version": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -80,19 +72,13 @@ def _measure(name: str, samples: str, dim: str, device: str) -> int:
     z1, z2 = (torch.randn(int(samples), int(dim), generator=generator("bench", view)).to(device) for view in range(2))
     _gradient(name, z1[:8], z2[:8])  # what libraries take once
     if device == "cpu":
-        before = _high_water()
+        before = high_water()
         _gradient(name, z1, z2)
-        return _high_water() - before
+        return high_water() - before
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _gradient(name, z1, z2)
     return torch.cuda.max_memory_allocated() - before
-
-
-def _high_water() -> int:
-    """Bytes; the kernel's figure for this program, where `getrusage` starts with that of its parent."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mmssl.training.guards import broken
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer, schedule
 from mmssl.training.state import model_state, optimizer_state
+from tools.bench.turns import by_turns
 
 
 def run(recipe: str = "vision/data2vec2-base", folder: str | None = None, pairs: str = "5") -> dict[str, Any]:
@@ -35,27 +35,21 @@ def run(recipe: str = "vision/data2vec2-base", folder: str | None = None, pairs:
         parameter.grad = torch.full_like(parameter, 1e-3) if parameter.requires_grad else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    seconds: dict[str, list[float]] = {"checkpoint": [], "torch.save": []}
-    size = 0
-    for turn in range(int(pairs) + 1):
-        for name, way in (("checkpoint", save), ("torch.save", plain)):
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                os.sync()  # or one would wait for what the other left
-                start = time.perf_counter()
-                way(Path(place), collect(objective, optimizer))
-                if turn:  # the first turn warms up
-                    seconds[name].append(time.perf_counter() - start)
-                size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
-    ratios = [ours / theirs for ours, theirs in zip(*seconds.values())]
+    sizes = []
+
+    def write(way: Callable[[Path, dict[str, dict[str, Tensor]]], None]) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            way(Path(place), collect(objective, optimizer))
+            sizes.append(sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file()))
+
+    ways = {"checkpoint": lambda: write(save), "torch.save": lambda: write(plain)}
+    turns = by_turns(ways, int(pairs), before=os.sync)  # or one would wait for what the other left
     return {
         "name": f"a checkpoint : torch.save and fsync of the same bytes, {recipe}",
-        "time_ratio": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
-        "bytes": size,
+        **turns.figures(),
+        "bytes": sizes[-1],
         "peer": "torch.save",
         "peer_version": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from mmssl.config import Recipe
 from mmssl.masks import uniform
 from mmssl.random import generator
 from mmssl.types import Mask, View
+from tools.bench.turns import by_turns
 
 
 @torch.no_grad()
@@ -28,22 +27,12 @@ def run(recipe: str = "vision/mae-base", ratio: str = "0.75", batch: str = "4", 
     size = features.image_size
     view = View(torch.randn(int(batch), features.channels, size, size, generator=draw), "vision")
     mask = Mask.of(uniform(features.length, int(batch), float(ratio), draw))
-    seconds: dict[str, list[float]] = {"visible": [], "all": []}
-    for turn in range(int(pairs) + 1):
-        for name, given in (("visible", mask), ("all", None)):
-            start = time.perf_counter()
-            encoder(view, given)
-            if turn:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
     same = encoder(view, Mask.replacing(torch.zeros_like(mask.hidden))).tokens - encoder(view).tokens
-    ratios = [visible / whole for visible, whole in zip(*seconds.values())]
+    turns = by_turns({"visible": lambda: encoder(view, mask), "all": lambda: encoder(view)}, int(pairs))
     return {
         "name": f"visible tokens : all tokens, ratio {ratio}, encoder of {recipe}, batch {batch}",
-        "time_ratio": round(statistics.median(ratios), 3),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        **turns.figures(),
         "difference": float(same.abs().max()),
-        "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
         "peer": "the same encoder on whole images",
         "peer_version": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
