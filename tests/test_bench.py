@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench import masks, save, step
+from tools.bench import joint, masks, save, step, views
 from tools.bench.turns import by_turns
 
 
@@ -38,6 +38,19 @@ def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setitem(step.PEERS, "mlm", lambda *given: pair._replace(theirs=other))
     with pytest.raises(RuntimeError, match="compute different losses"):
         step.run(method="mlm", memory="false")
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_mend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    with pytest.raises(SystemExit, match="make bench"):
+        joint.run(part="loss", batch="8", dim="4")
+
+
+def test_views_of_both_sides_are_of_one_kind():
+    photos = [views.photo(i) for i in range(4)]
+    told = [views.described(way(32), photos, passes=20) for way in (views.ours, views.of_torchvision)]
+    assert told[0] == pytest.approx(told[1], abs=0.4)
+    assert 0.5 < told[0][1] < 2
 
 
 def test_turns_alternate_and_leave_out_the_first():

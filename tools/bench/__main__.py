@@ -13,6 +13,7 @@ NAMES = {
     "save": "a checkpoint of the base image model against torch.save and fsync of the same bytes",
     "step": "a training step of MAE, wav2vec 2.0 or masked language modelling against transformers: time and memory",
     "joint": "a step of SimCLR, BYOL, VICReg, Barlow Twins, SwAV or DINO, or its loss alone, against lightly",
+    "views": "photos to two views by SimCLR's policy, images a second of one core, against lightly or torchvision",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
 
