@@ -66,7 +66,9 @@ def converted_card(title: str, which: str, source: str, config: Any, architectur
     """
     own, features = architecture == "MmsslModel", modality(config.modality).features
     loader, given = LOADERS[features.input_name]  # type: ignore[index]
-    pooled = ".pooler_output" if own else f".last_hidden_state[:, {config.extra_tokens}:].mean(1)  # of one sample, without padding"
+    pooled = (
+        ".pooler_output" if own else f".last_hidden_state[:, {config.extra_tokens}:].mean(1)  # of one sample, without padding"
+    )
     return f"""---
 library_name: transformers
 tags: [self-supervised, {config.modality}]

@@ -56,7 +56,9 @@ def convert(
     kind, layout = _layout(source, held)
     which = which or ("student" if held.teacher is None else "teacher")
     tensors = _chosen(source, held, layout, which)
-    notes = [f"It was fine-tuned: {len(held.head)} tensors of its head are left out ({_listed(held.head)})."] if held.head else []
+    notes = (
+        [f"It was fine-tuned: {len(held.head)} tensors of its head are left out ({_listed(held.head)})."] if held.head else []
+    )
     try:
         config = layout.config(tensors, held.told)
         weights = _weights(config, layout, tensors, {**tensors, **held.student})

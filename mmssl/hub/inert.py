@@ -105,7 +105,12 @@ class Reader(pickle._Unpickler):
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
 
-    dispatch |= {pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.NEWOBJ_EX[0]: _call_named, pickle.OBJ[0]: _call_marked}
+    dispatch |= {
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.NEWOBJ_EX[0]: _call_named,
+        pickle.OBJ[0]: _call_marked,
+    }
     dispatch |= {pickle.INST[0]: _call_spelled, pickle.BUILD[0]: _build}
 
 

@@ -1,7 +1,7 @@
 """What layouts of checkpoints that authors have published share.
 
-A modality's `published.py` has `LAYOUTS`. Such checkpoints name weights otherwise than the encoder's own state dict, and say only
-in part how the network is built.
+A modality's `published.py` has `LAYOUTS`. Such checkpoints name weights otherwise than the encoder's own state dict does, and
+say only in part how the network is built.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def _words(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Any]:
 
 
 def _embeddings(stem: str) -> Names:
-    names = {f"features.{ours}.weight": (f"{stem}.embed_{t}.weight",) for ours, t in (("tokens", "tokens"), ("places", "positions"))}
+    names = {
+        f"features.{ours}.weight": (f"{stem}.embed_{t}.weight",) for ours, t in (("tokens", "tokens"), ("places", "positions"))
+    }
     return names | both("features.norm", f"{stem}.layernorm_embedding")
 
 
@@ -54,7 +56,9 @@ def _config2(tensors: Mapping[str, Tensor], told: Told) -> MmsslConfig:
     _plain(told, "model.modalities.text")
     shape = data2vec2_shape(tensors, told, "TEXT", EPS)
     if shape["norm_eps"] != EPS:
-        raise ValueError(f"model.norm_eps is {shape['norm_eps']}, of embeddings {EPS}; data2vec was published with one for both")
+        raise ValueError(
+            f"model.norm_eps is {shape['norm_eps']}, of embeddings {EPS}; data2vec was published with one for both"
+        )
     if not shape["prenet_depth"]:
         shape["input_dropout"] = told("model.modalities.text.dropout", float) or 0.0
     return MmsslConfig(**_words(tensors, LOCAL), **shape)

@@ -124,7 +124,9 @@ def from_fairseq(dictionary: Path, vocab: Path, merges: Path, size: int, longest
 
     entries = [line.rpartition(" ")[0] or line for line in _lines("dictionary", dictionary) if line.strip()]
     if len(entries) + 5 != size:
-        raise ValueError(f"dictionary: {dictionary} has {len(entries)} entries, the model has rows for {size - 5} and five others")
+        raise ValueError(
+            f"dictionary: {dictionary} has {len(entries)} entries, the model has rows for {size - 5} and five others"
+        )
     try:
         pieces = {str(number): piece for piece, number in json.loads("\n".join(_lines("vocab", vocab))).items()}
     except (ValueError, AttributeError, RecursionError):

@@ -29,9 +29,15 @@ WIDTH, HEADS, DEPTH, PRENET, CHANNELS = 32, 4, 3, 2, 16
 VOCAB, PLACES = 40, 24
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 WAVES = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
-IDS = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.randint(4, 39, (2, 9), generator=torch.Generator().manual_seed(2))], 1)
+IDS = torch.cat(
+    [torch.zeros(2, 1, dtype=torch.long), torch.randint(4, 39, (2, 9), generator=torch.Generator().manual_seed(2))], 1
+)
 IDS[1, 7:] = 1  # padding
-INPUTS = {"images": {"pixel_values": X}, "speech": {"input_values": WAVES}, "text": {"input_ids": IDS, "attention_mask": (IDS != 1).long()}}
+INPUTS = {
+    "images": {"pixel_values": X},
+    "speech": {"input_values": WAVES},
+    "text": {"input_ids": IDS, "attention_mask": (IDS != 1).long()},
+}
 KINDS = {"images": "IMAGE", "speech": "AUDIO", "text": "TEXT"}
 
 # The forward pass -----------------------------------------------------------------------------------------------------
@@ -325,7 +331,10 @@ def settings(version, kind):
         model = {"num_heads": HEADS, "depth": DEPTH, "norm_eps": 1e-6 if kind == "images" else 1e-5, "encoder_dropout": 0.1}
         return {"model": model | {"modalities": {{"images": "image", "speech": "audio"}.get(kind, kind): own}}}
     if kind == "speech":
-        return {"model": {"encoder_layers": DEPTH, "encoder_attention_heads": HEADS, "dropout": 0.1}, "task": {"normalize": False}}
+        return {
+            "model": {"encoder_layers": DEPTH, "encoder_attention_heads": HEADS, "dropout": 0.1},
+            "task": {"normalize": False},
+        }
     return {"model": {"transformer": {"encoder": {"layers": DEPTH, "attention_heads": HEADS}, "dropout": 0.1}}}
 
 
@@ -476,7 +485,10 @@ def test_a_teacher_that_lacks_a_block_does_not_get_that_of_the_student(tmp_path)
 
 
 def test_the_heads_of_fine_tuned_models_are_left_out(tmp_path):
-    for kind, prefix, inner in (("speech", "w2v_encoder.w2v_model.", "w2v_args"), ("images", "model.", "pretrained_model_args")):
+    for kind, prefix, inner in (
+        ("speech", "w2v_encoder.w2v_model.", "w2v_args"),
+        ("images", "model.", "pretrained_model_args"),
+    ):
         student, _, _ = networks(2, kind)
         content = {f"{prefix}{n}": t for n, t in student.items() if ".decoder." not in n}
         head = {"w2v_encoder.proj.weight": torch.zeros(5, WIDTH)} if kind == "speech" else lin_of("head")
@@ -487,7 +499,7 @@ def test_the_heads_of_fine_tuned_models_are_left_out(tmp_path):
         assert f"{len(head)} tensors of its head are left out ({', '.join(head)})" in note
         w = Weights({n: t.double() for n, t in student.items()})
         assert_close(outputs(folder, kind)[1].double(), pass2(w, kind), rtol=0, atol=1e-5)
-        with pytest.raises(RecipeError, match="which=teacher: .* holds no average"):
+        with pytest.raises(RecipeError, match=r"which=teacher: .* holds no average"):
             convert(file, tmp_path / "other", "teacher")
 
 
@@ -500,7 +512,10 @@ def lin_of(name):
     [
         ({"state": 1}, "holds no weights"),
         ({"model": {"encoder.weight": torch.ones(2)}}, "is of no layout that is known .*its names are encoder.weight"),
-        ({"model": {"modality_encoders.IMAGE.a": torch.ones(2), "modality_encoders.TEXT.a": torch.ones(2)}}, "several encoders"),
+        (
+            {"model": {"modality_encoders.IMAGE.a": torch.ones(2), "modality_encoders.TEXT.a": torch.ones(2)}},
+            "several encoders",
+        ),
         ({"model": {"modality_encoders.IMAGE.extra_tokens": torch.ones(2)}}, "it lacks modality_encoders.IMAGE.local_encoder"),
     ],
 )
@@ -605,7 +620,13 @@ def test_a_converted_model_is_gone_on_from_and_probed(image_folder, tmp_path, ca
         file, _ = checkpoint(tmp_path / f"{version}.pt", version, "images")
         folder, _ = convert(file, tmp_path / f"model-{version}")
         recipe = load_recipe(
-            None, f"model.init={folder}", f"data={image_folder}", f"out={tmp_path / f'run-{version}'}", *SHORT, *own, "watch.samples=20"
+            None,
+            f"model.init={folder}",
+            f"data={image_folder}",
+            f"out={tmp_path / f'run-{version}'}",
+            *SHORT,
+            *own,
+            "watch.samples=20",
         )
         assert recipe.method.name == f"data2vec{version}"
         run = pretrain(recipe)
