@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mmssl.config import JointRecipe, load_recipe, shipped_recipes
 from mmssl.hub.export import recommended
-from mmssl.parts import Teacher
 from mmssl.training.member import Member
 from mmssl.training.pretrain import prepare
 from mmssl.types import View
@@ -123,18 +122,16 @@ def example(member: Member, data: dict[str, Path]) -> View:
 
 
 @torch.no_grad()
-def features(member: Member, view: View) -> Tensor:
-    """(L, D) of the trained encoder that is exported, extra tokens first; a map row by row."""
+def features(member: Member, view: View) -> tuple[Tensor, int]:
+    """(L, D) of the trained encoder that is exported, cls first, a map row by row; how many extra tokens it has."""
     method: Any = member.method
-    student, chosen = method.student.encoder, method.student.encoder
-    if recommended(member.recipe) == "teacher":
-        teacher: Teacher = method.teacher
-        chosen = teacher.encoder
-    student.eval(), chosen.eval()
-    shared = getattr(chosen, "features", True) is None or not [*getattr(chosen, "features", student).parameters()]
-    encoded = chosen.contextualize(student.features(view.x)) if shared else chosen(view)
-    extra = getattr(getattr(chosen, "transformer", None), "extra_tokens", 0)
-    return torch.cat([encoded.cls[:, None], encoded.tokens], 1)[0] if extra == 1 else encoded.tokens[0]
+    student = method.student.encoder.eval()
+    if recommended(member.recipe) == "student":
+        encoded = student(view)
+    else:
+        encoded = method.teacher.encode(view, student.features(view.x) if method.teacher.shares else None)
+    extra = getattr(getattr(student, "transformer", None), "extra_tokens", 0)
+    return torch.cat([encoded.cls, encoded.tokens[0]]) if extra else encoded.tokens[0], extra
 
 
 def train(name: str, data: dict[str, Path], place: Path) -> list[dict[str, Any]]:
@@ -150,7 +147,8 @@ def train(name: str, data: dict[str, Path], place: Path) -> list[dict[str, Any]]
         options = {"member": member.name} if member.name else {}
         job = {"folder": run.folder.model, "inputs": place / f"{inner}.in", "found": place / f"{inner}.out"}
         jobs.append({**{key: str(path) for key, path in job.items()}, "options": options})
-        jobs[-1] |= {"name": f"{name} {member.name}".strip(), "wanted": features(member, view)}
+        wanted, extra = features(member, view)
+        jobs[-1] |= {"name": f"{name} {member.name}".strip(), "wanted": wanted, "extra": extra}
     return jobs
 
 
@@ -181,7 +179,7 @@ def compare(job: dict[str, Any]) -> Row:
     if "error" in found:
         return Row(job["name"], "", float("inf"), found["error"])
     last, wanted = found["last"][0], job["wanted"]
-    last = last.flatten(1).T if found["last"].ndim == 4 else last
+    last = last.flatten(1).T if found["last"].ndim == 4 else torch.cat([last[: job["extra"]][:1], last[job["extra"] :]])
     if last.shape != wanted.shape:
         return Row(job["name"], found["class"], float("inf"), f"shape {[*last.shape]}, here {[*wanted.shape]}")
     return Row(job["name"], found["class"], float((last - wanted).abs().max()))

@@ -1,9 +1,9 @@
 """a published data2vec checkpoint as a model folder: mmssl convert CHECKPOINT to=FOLDER
 
 CHECKPOINT is a file of data2vec 2.0 or data2vec 1 for images, speech or text, as its authors have published it for fairseq (or
-for BEiT's code, data2vec 1 for images). FOLDER loads with AutoModel, is probed by `mmssl probe FOLDER data=...` and gone on from
-by `mmssl pretrain model.init=FOLDER data=...`; data2vec 1 becomes the class of transformers. The head of a fine-tuned model is
-left out. Nothing that the file names is executed.
+for BEiT's code, data2vec 1 for images). FOLDER loads with AutoModel, is probed by `mmssl probe FOLDER data=...` and gone on
+from by `mmssl pretrain model.init=FOLDER data=...`; data2vec 1 becomes the class of transformers. The head of a fine-tuned
+model is left out. Nothing that the file names is executed.
 
 A text model gets the tokenizer of its release with dictionary=dict.txt vocab=encoder.json merges=vocab.bpe.
 """

@@ -49,6 +49,9 @@ class Record:
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
 
+    def extend(self, rows: Any) -> None:
+        """Rows of a list of a class of its own; nobody asks for them."""
+
 
 @dataclass(frozen=True)
 class Storage:
