@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,8 +170,8 @@ def load(python: Path, jobs: list[dict[str, Any]], place: Path) -> None:
     bare |= {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
     told = [{name: value for name, value in job.items() if name != "wanted"} for job in jobs]
     (place / "jobs.json").write_text(json.dumps(told), "utf-8")
-    script = (ROOT / "tools" / "fresh_load.py").read_text("utf-8")
-    subprocess.run([str(python), "-c", script, str(place / "jobs.json")], cwd=place, env=bare, check=True)
+    script = shutil.copy(ROOT / "tools" / "fresh_load.py", place)  # alone, so that nothing beside it can be imported
+    subprocess.run([str(python), script, str(place / "jobs.json")], cwd=place, env=bare, check=True)
 
 
 def compare(job: dict[str, Any]) -> Row:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-STRANGERS = ("mmssl", "modalities", "datasets", "deepspeed", "pydantic", "torchvision", "torchaudio")
+STRANGERS = ("mmssl", "modalities", "datasets", "deepspeed", "accelerate", "torchvision", "torchaudio")
 
 
 def main() -> None:
