@@ -1,10 +1,11 @@
 """A few updates of each method, its exported folder in a fresh environment, and the features there against those here.
 
-python -m tools.fresh_export [recipes=all] [venv=build/fresh]
+python -m tools.fresh_export [recipes=methods] [venv=build/fresh]
 
-recipes: names as `mmssl list recipes` shows them, by commas; if `all`, one of each method for each kind of data, the demo where
-there is one. venv: folder of an environment with torch and transformers and what they need, of the versions here; made if it is
-not there. Prints a row for each encoder and, in the end, JSON; exit status 1 if one does not load or differs by more than 1e-5.
+recipes: names as `mmssl list recipes` shows them, by commas; `methods`, one of each method, of kinds of data in turn; or `all`,
+one of each method for each kind of data. Demos are preferred. venv: folder of an environment with torch and transformers and
+what they need, of the versions here; made if it is not there. Prints a row for each encoder and, in the end, JSON; exit status
+1 if one does not load or differs by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmssl.config import JointRecipe, load_recipe, shipped_recipes
+from mmssl.config import JointRecipe, Recipe, load_recipe, shipped_recipes
 from mmssl.hub.export import recommended
 from mmssl.training.member import Member
 from mmssl.training.pretrain import prepare
@@ -56,12 +57,20 @@ class Row(NamedTuple):
     error: str = ""
 
 
-def choose() -> list[str]:
-    """One recipe of each method for each kind of data."""
-    chosen: dict[str, str] = {}
+def choose(every_kind: bool) -> list[str]:
+    """One recipe of each method, for every kind of data that has one or for kinds in turn."""
+    found: dict[tuple[str, str], str] = {}
     for size in reversed(SIZES):
-        chosen |= {name.removesuffix(size): name for name in shipped_recipes() if name.endswith(size)}
-    return sorted(chosen.values())
+        for name in (name for name in shipped_recipes() if name.endswith(size)):
+            kind, file = name.removesuffix(size).split("/")
+            found[file, kind] = name
+    if every_kind:
+        return sorted(found.values())
+    chosen: list[str] = []
+    for method in sorted({method for method, _ in found}):
+        own = [name for (other, _), name in sorted(found.items()) if other == method]
+        chosen.append(own[len(chosen) % len(own)])
+    return chosen
 
 
 def write_data(folder: Path) -> dict[str, Path]:
@@ -109,6 +118,7 @@ def overrides(name: str, data: dict[str, Path]) -> list[str]:
             kind = member.data.modality
             words += [f"modalities.{kind}.data.path={data[kind]}", f"modalities.{kind}.data.limit=64"]
         return [*words, f"modalities.text.views.tokenizer={data['tokenizer']}"] if "text" in recipe.members else words
+    assert isinstance(recipe, Recipe)
     own = OWN.get(recipe.method.name, ())  # type: ignore[attr-defined]
     words += [f"data.path={data[recipe.data.modality]}", *own]
     return [*words, f"views.tokenizer={data['tokenizer']}"] if recipe.data.modality == "text" else words
@@ -188,10 +198,11 @@ def compare(job: dict[str, Any]) -> Row:
 
 def main() -> None:
     """Read the words, train, load, compare."""
-    given = {"recipes": "all", "venv": "build/fresh"} | dict(word.split("=", 1) for word in sys.argv[1:])
+    given = {"recipes": "methods", "venv": "build/fresh"} | dict(word.split("=", 1) for word in sys.argv[1:])
     if unknown := given.keys() - {"recipes", "venv"}:
         sys.exit(f"unknown: {', '.join(unknown)}\n{__doc__}")
-    names = choose() if given["recipes"] == "all" else given["recipes"].split(",")
+    wanted = given["recipes"]
+    names = choose(wanted == "all") if wanted in ("methods", "all") else wanted.split(",")
     rows, jobs, python = [], [], fresh(Path(given["venv"]))
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder))

@@ -39,7 +39,7 @@ def _features(convolutions: str, positions: str, first: int, depth: int, norm: s
     return names
 
 
-def _listening(tensors: Mapping[str, Tensor], convolutions: str, position: str) -> dict[str, int]:
+def _listening(tensors: Mapping[str, Tensor], convolutions: str, position: str) -> dict[str, Any]:
     """Options that the shapes of the first convolutions tell."""
     width, share, kernel = tensors[f"{position}.0.weight"].shape
     channels = len(tensors[f"{convolutions}.0.0.weight"])
