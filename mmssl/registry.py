@@ -66,6 +66,7 @@ class Modality(NamedTuple):
     # (plain view, views, features, colours) -> an image of each sample; colours of its tokens, (B, L, 3) in 0..1, beside it
     sketch: Callable[[View, Any, Any, Tensor | None], list[Any]] | None = None
     sizes: Callable[[Any], dict[str, float]] | None = None  # sample -> how large it is, each by the name of its unit
+    published: str | None = None  # name of a module of layouts of others' checkpoints, see mmssl/model/published.py
 
 
 @cache

@@ -31,6 +31,7 @@ from mmssl.config.reading import find_recipe
 from mmssl.data.quarantine import Quarantine
 from mmssl.data.sources import Source
 from mmssl.errors import CheckpointError, RecipeError
+from mmssl.hub.convert import convert
 from mmssl.hub.export import load_encoder
 from mmssl.training import checkpoint
 from mmssl.training.pretrain import pretrain
@@ -160,6 +161,95 @@ def test_weights_of_others_may_be_plain_pickles(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     x = torch.ones(1, 3, 16, 16)
     torch.testing.assert_close(load_encoder(tmp_path)(x).last_hidden_state, model.eval()(x).last_hidden_state)
+
+
+OPCODES = {  # ways in which a pickle calls or fills what it names
+    "reduce": lambda canary: b"c__builtin__\nopen\n(V%s\nVw\ntR." % canary,
+    "inst": lambda canary: b"(V%s\nVw\ni__builtin__\nopen\n." % canary,
+    "obj": lambda canary: b"(c__builtin__\nopen\nV%s\nVw\no." % canary,
+    "newobj": lambda canary: b"\x80\x04c__builtin__\nopen\n(V%s\nVw\nt\x81." % canary,
+    "newobj_ex": lambda canary: b"\x80\x04c__builtin__\nopen\n(V%s\nVw\nt}\x92." % canary,
+    "stack_global": lambda canary: b"\x80\x04\x8c\x08builtins\x8c\x04open\x93(V%s\nVw\ntR." % canary,
+    "build": lambda canary: b"ccollections\nOrderedDict\n(tR}(V__class__\nc__builtin__\nopen\nub.",
+    "call of a call": lambda canary: b"c__builtin__\ngetattr\n(c__builtin__\nopen\nV__call__\ntR(V%s\nVw\ntR." % canary,
+    "extension": lambda canary: b"\x80\x02\x82\x01(V%s\nVw\ntR." % canary,
+}
+
+
+@pytest.mark.parametrize("name", OPCODES)
+def test_a_published_checkpoint_calls_nothing_that_it_names(name, canary, tmp_path):
+    with zipfile.ZipFile(file := tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", OPCODES[name](str(canary).encode()))
+    with pytest.raises(RecipeError):
+        convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["model", "cfg", "cfg.model", "tensor", "key"])
+def test_a_bomb_anywhere_in_a_published_checkpoint_is_only_a_record(place, canary, tmp_path):
+    content = {"model": {"modality_encoders.IMAGE.extra_tokens": torch.zeros(1, 1, 8)}, "cfg": {"model": {"depth": 1}}}
+    if place == "tensor":
+        content["model"]["modality_encoders.IMAGE.local_encoder.proj.weight"] = Bomb(canary)
+    elif place == "key":
+        content["model"][Bomb(canary)] = torch.zeros(1)
+    elif place == "cfg.model":
+        content["cfg"]["model"] = Bomb(canary)
+    else:
+        content[place] = Bomb(canary)
+    torch.save(content, tmp_path / "a.pt")
+    code = main(["convert", str(tmp_path / "a.pt"), f"to={tmp_path / 'out'}"])
+    assert code == 2
+
+
+HOSTILE = {  # a tensor that a file describes: offset, shape, stride, numbers
+    "beyond its numbers": (5, (2, 2), (2, 1), 8),
+    "larger than its numbers": (0, (1 << 40,), (0,), 8),
+    "negative": (-1, (2,), (1,), 8),
+    "absurd": (0, (1 << 62, 1 << 62), (1, 1), 8),
+    "of numbers that are not there": (0, (1 << 40,), (1,), 1 << 40),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tensors_that_a_published_checkpoint_cannot_hold_are_refused(name, tmp_path):
+    offset, shape, stride, count = HOSTILE[name]
+    stored = ("storage", torch.FloatStorage, "0", "cpu", count)
+
+    class Numbers:
+        pass
+
+    class Described:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Numbers(), offset, shape, stride, False, {})
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, one):
+            return stored if isinstance(one, Numbers) else None
+
+    data = io.BytesIO()
+    Pickler(data, 2).dump({"model": {"modality_encoders.IMAGE.extra_tokens": Described()}})
+    with zipfile.ZipFile(file := tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", data.getvalue())
+        archive.writestr("archive/data/0", bytes(32))
+    with pytest.raises(RecipeError, match="cannot be read as a file of torch"):
+        convert(file, tmp_path / "out")
+
+
+def test_published_checkpoints_that_are_bombs_loops_or_no_files_are_refused(tmp_path):
+    for number, data in enumerate([b"", b"not a zip", pickle.dumps({"model": {}}), b"PK\x03\x04" + bytes(100)]):
+        (file := tmp_path / f"{number}.pt").write_bytes(data)
+        with pytest.raises(RecipeError, match="cannot be read as a file of torch"):
+            convert(file, tmp_path / "out")
+    with zipfile.ZipFile(file := tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1_000_000))
+    with pytest.raises(RecipeError, match="is compressed, or larger"):
+        convert(file, tmp_path / "out")
+    loop: dict = {"model": {"modality_encoders.IMAGE.extra_tokens": torch.zeros(1)}}
+    loop["cfg"] = {"model": {"_content": None}}
+    loop["cfg"]["model"]["_content"] = loop["cfg"]["model"]
+    torch.save(loop, file := tmp_path / "loop.pt")
+    with pytest.raises(RecipeError, match="it lacks"):
+        convert(file, tmp_path / "out")
 
 
 def small_vit() -> ViTModel:

@@ -32,6 +32,7 @@ VERBS = {
     "embed": "features of a data set as parquet, npy or safetensors: mmssl embed MODEL data=... out=FILE",
     "measure": "the probes of a run again: mmssl measure RUN [key=value ...]",
     "export": "write the encoder of a run as a model folder",
+    "convert": "a published data2vec checkpoint as a model folder: mmssl convert CHECKPOINT to=FOLDER",
     "push": "send the encoder of a run to the Hub: mmssl push RUN ORG/NAME",
     "data": "what a data set holds: mmssl data stats|scan PATH",
     "tokenizer": "learn a vocabulary: mmssl tokenizer train data=TEXTS out=FOLDER",

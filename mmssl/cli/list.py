@@ -2,7 +2,7 @@
 
 methods     the papers, with the kinds of data they take and their recipes
 models      encoder sizes, those of the shipped recipes
-recipes     the shipped recipes; `mmssl copy` gives you one to edit
+recipes     the shipped recipes, those of `mmssl finetune` last; `mmssl copy` gives you one to edit
 modalities  the kinds of data
 
 With json=true, or --json, an array of objects.
@@ -22,7 +22,7 @@ OPTIONS = {"json": (bool, False, "print JSON")}
 def run(arguments: list[str]) -> int:
     """`mmssl list WHAT`."""
     given = parse(arguments, ("WHAT",), OPTIONS)
-    tables = {"methods": methods, "models": models, "recipes": recipes, "modalities": modalities}
+    tables = {"methods": methods, "models": models, "recipes": all_recipes, "modalities": modalities}
     if given["what"] not in tables:
         raise RecipeError(f"list: found {given['what']!r}{nearest(given['what'], tables)}, expected {', '.join(tables)}.")
     rows = tables[given["what"]]()
@@ -53,8 +53,16 @@ def methods() -> list[dict[str, Any]]:
     ]
 
 
+def all_recipes() -> list[dict[str, Any]]:
+    """One object a shipped recipe, of pretraining and then of fine-tuning, which has a `task` instead of a method."""
+    from mmssl.config import find_recipe, read_yaml, shipped_recipes
+
+    names = [name for name in shipped_recipes(finetune=True) if name not in shipped_recipes()]
+    return recipes() + [{"name": name, "task": read_yaml(find_recipe(name))["task"]} for name in names]
+
+
 def recipes() -> list[dict[str, Any]]:
-    """One object a shipped recipe."""
+    """One object a shipped recipe of pretraining."""
     from mmssl.config import find_recipe, read_yaml, shipped_recipes
 
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -70,6 +71,10 @@ def adopt(raw: dict[str, Any], options: Callable[[Modality], dict[str, Any]]) ->
     elif not model.get("backbone"):
         known = options(kind).keys() - {*OWN}
         model |= {key: value for key, value in config.to_dict().items() if key in known and key not in model}
+        if kind.configure and isinstance(raw["views"], dict):  # a tokenizer knows of a mask token, released configs do not
+            with suppress(ValueError):  # one that cannot be loaded is refused later, with all else that is wrong
+                decided = kind.configure({}, raw["views"])
+                model |= {key: value for key, value in decided.items() if model.get(key) is None}
 
 
 def _complete(model: dict[str, Any], told: Any, options: Callable[[Modality], dict[str, Any]]) -> bool:

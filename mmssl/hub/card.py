@@ -58,6 +58,35 @@ Each folder prepares inputs, and is a model of its own, with a card that says ho
 """
 
 
+def converted_card(title: str, which: str, source: str, config: Any, architecture: str, note: str) -> str:
+    """Markdown for a folder made of a checkpoint that others have published.
+
+    Args:
+        source: name of the file.  note: a sentence about what the folder lacks, or "".
+    """
+    own, features = architecture == "MmsslModel", modality(config.modality).features
+    loader, given = LOADERS[features.input_name]  # type: ignore[index]
+    pooled = (
+        ".pooler_output" if own else f".last_hidden_state[:, {config.extra_tokens}:].mean(1)  # of one sample, without padding"
+    )
+    return f"""---
+library_name: transformers
+tags: [self-supervised, {config.modality}]
+---
+
+# {config.modality} encoder, {title}
+
+The {which} of `{source}`, converted by mmssl; its weights keep their licence. Architecture: {architecture}. {note}
+
+```python
+from transformers import AutoModel, {loader}
+model = AutoModel.from_pretrained("PATH"{OWN_CODE if own else ")"}
+prepare = {loader}.from_pretrained("PATH")
+features = model(**prepare({given}, return_tensors="pt")){pooled}
+```
+"""
+
+
 def _example(inputs: Mapping[str, str]) -> str:
     """Lines that load a model of several members and call it for each. inputs: member -> keyword of the model."""
     lines = [

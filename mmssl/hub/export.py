@@ -65,20 +65,30 @@ def export_encoder(
     """
     which = which or recommended(recipe)
     weights, config, kind = weights_of(tensors, which), recipe.config(), modality(recipe.data.modality)
-    native = _native(config, kind, weights)
-    with torch.device("meta"):
-        model = class_of(native[0])(native[0]) if native else _own(config)
-    named = native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}
     with appearing(path) as aside:
-        _write(model, named, aside)
-        if not native:
-            (aside / CODE).write_text(modelling_code([recipe]))
+        architecture = write_encoder(config, weights, aside)
         try:
             kind.processor(config, views).save_pretrained(aside)
         except ValueError as error:
             raise RecipeError(str(error)) from None
-        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, type(model).__name__, beside)))
+        (aside / "README.md").write_text(redact(card(recipe, which, metrics or {}, step, architecture, beside)))
     return path
+
+
+def write_encoder(config: MmsslConfig, weights: dict[str, Tensor], folder: Path, released: str | None = None) -> str:
+    """Write config and weights, under the transformers architecture of the same structure or with the code of ours.
+
+    Args:
+        released: model type of transformers, where a structure has several.
+    Returns: name of the class.
+    """
+    native = _native(config, modality(config.modality), weights, released)
+    with torch.device("meta"):
+        model = class_of(native[0])(native[0]) if native else _own(config)
+    _write(model, native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}, folder)
+    if not native:
+        (folder / CODE).write_text(_code([config.modality]))
+    return type(model).__name__
 
 
 def export_encoders(
@@ -155,8 +165,12 @@ def _own_options(config: MmsslConfig, common: MmsslConfig) -> list[str]:
 
 def modelling_code(recipes: Sequence[Recipe]) -> str:
     """What builds their model where only torch and transformers are installed. Raises: RecipeError if that cannot be."""
+    return _code([recipe.data.modality for recipe in recipes])
+
+
+def _code(kinds: Sequence[str]) -> str:
     try:
-        return flatten(*(modality(recipe.data.modality).features.__module__ for recipe in recipes))
+        return flatten(*(modality(kind).features.__module__ for kind in kinds))
     except ValueError as error:
         raise RecipeError(f"data.modality: {error}.") from None
 
@@ -218,10 +232,13 @@ def _averages(recipe: JointRecipe) -> dict[str, dict[str, str]]:
     }
 
 
-def _native(config: MmsslConfig, kind: Modality, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
+def _native(
+    config: MmsslConfig, kind: Modality, weights: dict[str, Tensor], released: str | None = None
+) -> tuple[Any, dict[str, Tensor]] | None:
     """Config and weights of the same encoder in transformers; None if it has no class of that structure."""
     if not config.backbone:
-        return import_module(kind.native).to_native(config, weights) if kind.native else None
+        given = {"kind": released} if released else {}
+        return import_module(kind.native).to_native(config, weights, **given) if kind.native else None
     if config.stem == "small":
         return None
     return AutoConfig.for_model(**config.backbone), {name.removeprefix("model."): t for name, t in weights.items()}

@@ -63,4 +63,5 @@ MODALITY = Modality(
     tune="modalities.speech.tune",
     sketch=sketch,
     sizes=sizes,
+    published="modalities.speech.published",
 )

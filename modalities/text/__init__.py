@@ -74,4 +74,5 @@ MODALITY = Modality(
     tune="modalities.text.tune",
     sketch=sketch,
     sizes=sizes,
+    published="modalities.text.published",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,19 +28,23 @@ NAMES = {
 TYPES = "embeddings.token_type_embeddings.weight"
 
 
-def to_native(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]] | None:
-    """A RoBERTa with the same outputs, or a BERT if positions count padding; None if the encoder has another structure.
+def to_native(
+    config: MmsslConfig, weights: dict[str, Tensor], kind: Literal["roberta", "data2vec-text"] = "roberta"
+) -> tuple[Any, dict[str, Tensor]] | None:
+    """A RoBERTa (or by its other name Data2VecText) with the same outputs, or a BERT if positions count padding; None if the
+    encoder has another structure.
 
     Its pooler, which has no counterpart, is the identity, so that `pooler_output` is tanh of the first token.
     """
-    from transformers import BertConfig, RobertaConfig
+    from transformers import BertConfig, Data2VecTextConfig, RobertaConfig
 
     if config.norm != "post" or config.extra_tokens or config.layer_scale or not plain(config):
         return None
     extra = options(config)
     if extra.positions == "none":
         return None
-    native = (BertConfig if extra.count_padding else RobertaConfig)(
+    family = {"roberta": RobertaConfig, "data2vec-text": Data2VecTextConfig}[kind]
+    native = (BertConfig if extra.count_padding else family)(
         **native_shape(config),
         vocab_size=extra.vocab_size,
         max_position_embeddings=extra.max_tokens + (0 if extra.count_padding else extra.pad_token_id + 1),

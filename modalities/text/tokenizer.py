@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import struct
 import sys
@@ -106,6 +107,48 @@ def train(texts: Iterable[str], kind: Literal["unigram", "bpe"], vocab: int, fol
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
     (Path(folder) / "sentencepiece.model").write_bytes(model)
+
+
+def from_fairseq(dictionary: Path, vocab: Path, merges: Path, size: int, longest: int) -> tuple[Any, str]:
+    """The tokenizer of a model of fairseq, of RoBERTa's kind and with the ids of that model.
+
+    Args:
+        dictionary: of fairseq, a line for each id after the first four: GPT-2's id of a piece, or a filler, and its count.
+        vocab, merges: GPT-2's pieces with their ids as JSON, and its byte pairs.
+        size: rows of the model's table, the last of which is for `<mask>`.
+        longest: tokens that the model takes.
+    Returns: the tokenizer; a sentence on pieces that the dictionary lacks, or "".
+    Raises: ValueError that begins with the option whose file is wrong.
+    """
+    from transformers import RobertaTokenizer
+
+    entries = [line.rpartition(" ")[0] or line for line in _lines("dictionary", dictionary) if line.strip()]
+    if len(entries) + 5 != size:
+        raise ValueError(
+            f"dictionary: {dictionary} has {len(entries)} entries, the model has rows for {size - 5} and five others"
+        )
+    try:
+        pieces = {str(number): piece for piece, number in json.loads("\n".join(_lines("vocab", vocab))).items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"vocab: {vocab} is no JSON of pieces and their ids, such as GPT-2's encoder.json") from None
+    names = [BEGIN, PAD, END, UNKNOWN, *(pieces.get(entry, entry) for entry in entries), MASK]
+    ids = {name: i for i, name in enumerate(names)}
+    if len(ids) != size:
+        raise ValueError(f"dictionary: {dictionary} has {size - len(ids)} entries twice")
+    pairs = [tuple(line.split()) for line in _lines("merges", merges) if line.strip() and not line.startswith("#version")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"merges: {merges} has lines that are no pair, such as GPT-2's vocab.bpe has")
+    known = [pair for pair in pairs if {*pair, "".join(pair)} <= ids.keys()]
+    tokenizer = RobertaTokenizer(vocab=ids, merges=known, model_max_length=longest)  # type: ignore[arg-type]
+    lost = len(pairs) - len(known)
+    return tokenizer, f"{lost} of {len(pairs)} byte pairs are left out, since the dictionary lacks them." if lost else ""
+
+
+def _lines(option: str, path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: {path} cannot be read ({error})") from None
 
 
 def _learn(texts: Iterable[str], kind: str, size: int) -> bytes:

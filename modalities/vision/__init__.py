@@ -95,4 +95,5 @@ MODALITY = Modality(
     tune="modalities.vision.tune",
     sketch=sketch,
     sizes=sizes,
+    published="modalities.vision.published",
 )

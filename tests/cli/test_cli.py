@@ -263,6 +263,11 @@ def test_list_methods(capsys, shipped):
 def test_list_recipes_and_models(capsys, shipped):
     rows = json.loads(call(capsys, "list", "recipes", "json=true")[1])
     assert rows[2] == {"name": "vision/c", "modality": "vision", "method": "other", "steps": 10}
+    assert len(rows) == 3
+    (shipped / "finetune").mkdir()
+    (shipped / "finetune/d.yaml").write_text("task: ctc\ntrain: {epochs: 1}\n")
+    assert json.loads(call(capsys, "list", "recipes", "json=true")[1])[3:] == [{"name": "finetune/d", "task": "ctc"}]
+    assert call(capsys, "list", "recipes")[1].splitlines()[-1].split() == ["finetune/d", "ctc"]
     rows = json.loads(call(capsys, "list", "models", "--json")[1])
     assert [(row["model"]["hidden_size"], row["recipes"]) for row in rows] == [
         (96, ["vision/a", "vision/b"]),

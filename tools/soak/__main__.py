@@ -1,8 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
-python -m tools.soak [only=engines,kills,ranks,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
-                     [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [under=ddp,zero2] [files=200]
-                     [recipes=500] [disk=20] [seed=0] [write=true]
+python -m tools.soak [only=engines,kills,ranks,files,recipes,disk,export] [engines=ddp,zero1,zero2,zero3]
+                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...]
+                     [ranks=10] [under=ddp,zero2] [files=200] [recipes=500] [disk=20] [export=methods] [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
 a teacher. Exit status 1 if anything was wrong.
@@ -24,7 +24,7 @@ DOCS = Path("docs/reliability.md")
 BEGIN, END = "<!-- soak: written by `make soak` -->", "<!-- end -->"
 DEFAULTS = {
     **{
-        "only": "engines,kills,ranks,files,recipes,disk",
+        "only": "engines,kills,ranks,files,recipes,disk,export",
         "engines": "ddp,zero1,zero2,zero3",
         "methods": "",
         "precision": "fp32,bf16",
@@ -37,6 +37,7 @@ DEFAULTS = {
         "files": "200",
         "recipes": "500",
         "disk": "20",
+        "export": "methods",
         "seed": "0",
         "write": "true",
     },
@@ -107,6 +108,13 @@ def recipes(given: dict[str, str]) -> list[Row]:
     return [Row("recipes", f"{given['recipes']} random mutations of shipped recipes", result, wrong)]
 
 
+def export(given: dict[str, str]) -> list[Row]:
+    """Exported models of all methods in an environment that has torch and transformers only."""
+    found, wrong = call("tools.fresh_export", f"recipes={given['export']}")
+    tried = f"{found.get('encoders')} encoders of {found.get('methods')} methods, after three updates"
+    return [Row("export: fresh environment", tried, f"all load, features differ by at most {found.get('largest')}", wrong)]
+
+
 def call(module: str, *words: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The JSON object that a tool prints, and what was wrong."""
     done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
@@ -137,9 +145,15 @@ def main() -> None:
     given, wrong = DEFAULTS | words, False
     for part in given["only"].split(","):
         start = time.monotonic()
-        rows = {"engines": engines, "kills": kills, "ranks": ranks, "files": files, "recipes": recipes, "disk": disk}[part](
-            given
-        )
+        rows = {
+            "engines": engines,
+            "kills": kills,
+            "ranks": ranks,
+            "files": files,
+            "recipes": recipes,
+            "disk": disk,
+            "export": export,
+        }[part](given)
         for row in rows:
             print(f"{row.what}: {row.tried}: {row.result if not row.wrong else 'WRONG'}", *row.wrong, sep="\n  ", flush=True)
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
