@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback
 
 from mmssl.config.blocks import HubOptions
@@ -60,6 +61,7 @@ class Pusher(TrainerCallback):
     def __init__(self, folder: RunFolder, options: HubOptions):
         self.folder, self.options, self.saves, self.due = folder, options, 0, False
         self.running: Push | None = None
+        disable_progress_bars()  # of files that are sent, which would tear that of the run
         self.saved_at, self.sent = 0, -1  # steps of the model that was saved last, and of the one on the Hub
 
     def saved(self, step: int) -> None:
