@@ -86,7 +86,9 @@ def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
         "lora": (
             LoraOptions | None,
             Field(
-                None, description="Train low-rank updates of the model of init, which stays as it is besides; rank=8 and so on."
+                None,
+                description="Train low-rank updates of the model of init, which stays as it is besides: rank, alpha, dropout, "
+                "modules, see continuing.md.",
             ),
         ),
         "backbone": (str | None, Field(None, description="Model type of transformers, or resnet18, resnet34, resnet50.")),

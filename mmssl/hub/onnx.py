@@ -37,7 +37,8 @@ class Graph(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, ...) and its mask, 1 = valid -> `OUTPUTS`."""
-        pad = None if attention_mask is None else self.model.encoder.features.pad(attention_mask)
+        encoder: Any = self.model.encoder
+        pad = None if attention_mask is None else encoder.features.pad(attention_mask)
         out = self.model(**{self.name: x}, pad=pad)
         return out.last_hidden_state, out.pooler_output
 

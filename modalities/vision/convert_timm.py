@@ -10,7 +10,7 @@ from mmssl.model.configuration import MmsslConfig
 from mmssl.model.native import linears, options, plain, renamed
 
 VIT = "vit_base_patch16_224"  # its constructor takes any shape as arguments
-RESNETS = {
+RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
@@ -78,8 +78,8 @@ def _vit(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Any
 def _resnet(config: MmsslConfig, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Of transformers, which strides in the 3 x 3 convolution as timm does."""
     own: dict[str, Any] = dict(config.backbone or {})
-    kind = own.get("layer_type")
-    known = RESNETS.get((kind, tuple(own.get("depths", ())))) if own["model_type"] == "resnet" else None
+    kind = str(own.get("layer_type"))
+    known: Any = RESNETS.get((kind, tuple(own.get("depths", ())))) if own["model_type"] == "resnet" else None
     usual = known and own["hidden_sizes"] == WIDTHS[kind] and own["embedding_size"] == 64 and own["hidden_act"] == "relu"
     if not usual or config.stem == "small" or own.get("downsample_in_first_stage") or own.get("downsample_in_bottleneck"):
         raise ValueError(
