@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     facts = {
         "run": given["run"],
         "verdict": verdict,
-        **{name: status.get(name) for name in ("state", "step", "steps", "health", "error", "change", "early", "best")},
+        **{name: status.get(name) for name in ("state", "step", "steps", "health", "error", "change", "early", "best", "hub")},
         "checkpoint": None if newest is None else checkpoint.step_of(newest),
         "metrics": folder.last_metrics(),
         "seconds_since_write": round(folder.silence(), 1),
@@ -46,7 +46,7 @@ def judge(state: str, alive: bool, resumable: bool) -> str:
 
 
 def _text(facts: dict) -> str:
-    best = facts["best"] or {}
+    best, hub = facts["best"] or {}, facts["hub"] or {}
     state, verdict = facts["state"], facts["verdict"]
     state = "killed" if state == "running" != verdict else state
     can = verdict == "resumable" or (verdict == "failed" and facts["checkpoint"] is not None)
@@ -62,7 +62,14 @@ def _text(facts: dict) -> str:
         "ended early": facts["early"],
         "best": facts["best"] and f"step {best['step']}: {best['metric']} {best['value']:.6g}, in best/",
         "gained": facts["change"],
+        "hub": hub and f"{hub['repo']}: {_sent(hub)}",
         "error": facts["error"],
         "continue": resume,
     }
     return "\n".join(f"{name:12}{text}" for name, text in lines.items() if text)
+
+
+def _sent(hub: dict) -> str:
+    """What is there, and why no more than that."""
+    there = "nothing was sent" if hub["step"] is None else f"model of step {hub['step']}"
+    return there + (f"; {hub['error']}" if hub["error"] else "")

@@ -6,11 +6,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Options(BaseModel):
     """A block of the recipe. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class LoraOptions(Options):
+    """Low-rank updates (arXiv:2106.09685) of linear layers of the encoder; merged into them at the end."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0, description="The update is multiplied by alpha / rank.")
+    dropout: Share = Field(0.0, description="Of what goes into the update.")
+    modules: list[str] = Field(
+        default_factory=list, description="Ends of the names of those layers, such as attn.qkv or fc1; all of them if empty."
+    )
 
 
 class DataOptions(Options):
@@ -246,3 +259,15 @@ class SaveOptions(Options):
         None, description="Keep the checkpoint with the best value of this metric as well, and its encoder in `best/`."
     )
     max_failed: int = Field(3, ge=1, description="Saves in a row that find the disk full or read-only until the run stops.")
+
+
+class HubOptions(Options):
+    """Send the model to the Hub while it is trained, with the token of `hf auth login` or HF_TOKEN."""
+
+    repo: str | None = Field(
+        None,
+        description="ORG/NAME, made if it does not exist. A push runs beside the training and never stops it; the next save "
+        "tries again. Nothing is sent if unset.",
+    )
+    every: int = Field(1, ge=1, description="Saves from one push to the next; the last model is sent in any case.")
+    private: bool = Field(True, description="Of a new repository; one that exists stays as it is.")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
-from mmssl.config.blocks import Options
+from mmssl.config.blocks import LoraOptions, Options
 from mmssl.registry import Modality
 from mmssl.schedules import Schedule
 
@@ -83,6 +83,14 @@ def _model_block(kind: Modality, wrapped: bool) -> type[Options]:
     fields: dict[str, Any] = {
         "init": (str | None, Field(None, description="Folder or Hub id of a model of the same shape to start from.")),
         "freeze": (bool, Field(False, description="Train nothing of the encoder; for bind, with share_trunk=false.")),
+        "lora": (
+            LoraOptions | None,
+            Field(
+                None,
+                description="Train low-rank updates of the model of init, which stays as it is besides: rank, alpha, dropout, "
+                "modules, see continuing.md.",
+            ),
+        ),
         "backbone": (str | None, Field(None, description="Model type of transformers, or resnet18, resnet34, resnet50.")),
     }
     if not wrapped:

@@ -24,6 +24,7 @@ OWN = (
     "init",
     "freeze",
     "freeze_features",
+    "lora",
     "backbone",
     "start",
     "extra_std",
@@ -79,7 +80,7 @@ def adopt(raw: dict[str, Any], options: Callable[[Modality], dict[str, Any]]) ->
 
 def _complete(model: dict[str, Any], told: Any, options: Callable[[Modality], dict[str, Any]]) -> bool:
     """Whether nothing is left open, as in the recipe of a run that has begun."""
-    return isinstance(told, str) and told in modalities() and not options(modality(told)).keys() - model.keys()
+    return isinstance(told, str) and told in modalities() and not options(modality(told)).keys() - {*OWN} - model.keys()
 
 
 @lru_cache(maxsize=4)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from mmssl.config.blocks import DataOptions, Options
+from mmssl.config.blocks import DataOptions, LoraOptions, Options, Share
 from mmssl.config.chosen import options_of
 from mmssl.config.messages import explain, told
 from mmssl.config.recipe import _block, read_recipe, refused
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LabelledOptions(Options):
@@ -38,14 +36,6 @@ class LabelledOptions(Options):
         """The same for `open_source`."""
         given = self.model_dump(exclude={"test", "text", "labels"}) | changes
         return DataOptions(modality=modality, **given)
-
-
-class LoraOptions(Options):
-    """Low-rank updates (arXiv:2106.09685) of all linear layers of the encoder; merged into them at the end."""
-
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: Share = 0.0
 
 
 class TunedOptions(Options):

@@ -122,6 +122,11 @@ class JointRecipe(Settings):
                 ]
             if self.share_trunk and recipe.model.freeze:  # type: ignore[attr-defined]
                 found.append(f"{MODALITIES}.{name}.model.freeze: its transformer is that of all members; set share_trunk=false")
+        loras = {name: recipe.model.lora for name, recipe in self.members.items()}  # type: ignore[attr-defined]
+        if self.share_trunk and any(lora != next(iter(loras.values())) for lora in loras.values()):
+            found.append(
+                "model.lora: updates layers of the transformer that all members share; set it once beside `modalities`"
+            )
         (first, one), *others = configs.items()
         for name, other in others if self.share_trunk else ():
             unlike = [key for key in TRUNK if getattr(one, key) != getattr(other, key)]

@@ -117,7 +117,9 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
     *blocks, leaf = name.split(".")
     target = raw
     for block in blocks:
-        inner = target.setdefault(block, {})
+        if target.get(block) is None:  # a block that is unset
+            target[block] = {}
+        inner = target[block]
         if not isinstance(inner, dict):
             raise RecipeError(f"{name}: {block} is {inner!r} in the recipe, it has no key {leaf!r}.")
         target = inner

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
-from mmssl.config.blocks import DataOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
+from mmssl.config.blocks import DataOptions, HubOptions, OptimOptions, Options, SaveOptions, TrainOptions, WatchOptions
 from mmssl.config.chosen import chosen_blocks, model_options
 from mmssl.config.continuing import RECIPE, adopt
 from mmssl.config.messages import explain, nearest, told
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MODALITIES = "modalities"  # block of recipes for several kinds of data, see mmssl/config/joint.py
 BLOCKS = (
     *("out", MODALITIES, "balance", "share_trunk", "bind"),
-    *("data", "model", "method", "views", "optim", "train", "watch", "save"),
+    *("data", "model", "method", "views", "optim", "train", "watch", "save", "hub"),
 )
 
 
@@ -46,6 +46,7 @@ class Settings(Options):
     train: TrainOptions = _block(TrainOptions)
     watch: WatchOptions = _block(WatchOptions)
     save: SaveOptions = _block(SaveOptions)
+    hub: HubOptions = _block(HubOptions)
 
     @property
     def members(self) -> dict[str, Recipe]:
@@ -190,6 +191,10 @@ class Recipe(Settings):
             problems.append(f"method.name: {name} holds another method back; put one before it, such as data2vec2+{name}")
         if self.model.freeze and not chosen.pairs:  # type: ignore[attr-defined]
             problems.append(f"model.freeze: {name} would have no encoder to train; leave it out")
+        if self.model.lora and not self.model.init:  # type: ignore[attr-defined]
+            problems.append("model.lora: updates a model that is there already; give model.init, or leave it out")
+        if self.model.lora and self.model.freeze:  # type: ignore[attr-defined]
+            problems.append("model.freeze: leaves model.lora nothing to train; leave one of them out")
         if chosen.masks and getattr(self.views, "mask", None) is None:
             problems.append(f"views.mask: {name} learns from hidden tokens; give views.mask={{}} or a ratio")
         with torch.device("meta"):
@@ -244,16 +249,19 @@ class Recipe(Settings):
         from mmssl.model import library
         from mmssl.model.configuration import MmsslConfig
 
-        options = self.model.model_dump(exclude={"init", "freeze", "freeze_features"})
+        options = self.model.model_dump(exclude={"init", "freeze", "freeze_features", "lora"})
         if self.wrapped:
             return library.configuration(self.data.modality, **options)
         return MmsslConfig(modality=self.data.modality, **options)
 
     def _encoder(self) -> Any:
         from mmssl.model.backbone import Backbone, build_encoder
+        from mmssl.model.low_rank import add_low_rank
         from mmssl.model.norm import synchronised
 
-        encoder = build_encoder(self.config())
+        encoder, lora = build_encoder(self.config()), self.model.lora  # type: ignore[attr-defined]
+        if lora is not None:
+            add_low_rank(encoder, lora.rank, lora.alpha, lora.dropout, lora.modules)
         if self.model.freeze:  # type: ignore[attr-defined]
             encoder.requires_grad_(False)
         if isinstance(encoder, Backbone):

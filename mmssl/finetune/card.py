@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmssl.config import FinetuneRecipe
+from mmssl.hub.card import shown
 
 TAGS = {"ctc": "automatic-speech-recognition", "sequence-classification": "text-classification"}  # the Hub's names of tasks
 LOADERS = {"image-classification": "AutoImageProcessor", "sequence-classification": "AutoTokenizer", "ctc": "AutoProcessor"}
@@ -49,5 +50,5 @@ answer = {READ if recipe.task != "ctc" else read}
 ## Recipe
 
 ```yaml
-{recipe.dump()}```
+{shown(recipe.dump())}```
 """

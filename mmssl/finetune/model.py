@@ -18,6 +18,7 @@ from mmssl.config import FinetuneRecipe
 from mmssl.errors import RecipeError
 from mmssl.evaluate.probe import untrained
 from mmssl.model import register
+from mmssl.model.low_rank import chosen
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.released import load_encoder, quiet
 from mmssl.model.tasks import TASKS
@@ -182,11 +183,14 @@ def low_rank(model: PreTrainedModel, recipe: FinetuneRecipe) -> Any:
             "model.tune: lora needs peft, which is not installed: pip install 'mmssl[lora]', or set model.tune=full."
         ) from None
     base = {id(module) for module in model.base_model.modules()}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in base]
+    lora = recipe.model.lora
+    named = ((name, module) for name, module in model.named_modules() if id(module) in base and chosen(name, lora.modules))
+    linear = [name for name, module in named if isinstance(module, nn.Linear)]
+    if not linear:
+        raise RecipeError(f"model.lora.modules: no linear layer of the encoder is called {' or '.join(lora.modules)}.")
     head = [
         name for name, module in model.named_children() if id(module) not in base and any(True for _ in module.parameters())
     ]
-    lora = recipe.model.lora
     options: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=linear, modules_to_save=head, **options))
 

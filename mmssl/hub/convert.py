@@ -68,7 +68,7 @@ def convert(
     except ValueError as error:
         raise RecipeError(f"{source}, {layout.title}: {error}") from None
     with appearing(target) as aside:
-        architecture = write_encoder(config, weights, aside, layout.native)
+        architecture = write_encoder(config, weights, aside, released=layout.native)
         if processor is not None:
             processor.save_pretrained(aside)
         (aside / "README.md").write_text(converted_card(layout.title, which, source.name, config, architecture, note))

@@ -30,6 +30,7 @@ from mmssl.methods.joint import Joint
 from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import BACKBONE, OWN, MmsslConfig
 from mmssl.model.encoder import Encoder, feature_class
+from mmssl.model.low_rank import merged, untouched
 from mmssl.model.modeling import MmsslModel
 from mmssl.model.released import class_of, load_encoder, quiet
 from mmssl.model.tasks import TASKS
@@ -52,6 +53,7 @@ def export_encoder(
     metrics: dict[str, float] | None = None,
     step: int | None = None,
     beside: Sequence[str] = (),
+    form: str = "auto",
 ) -> Path:
     """Write config, weights, processor and card; the folder appears whole or not at all.
 
@@ -61,12 +63,15 @@ def export_encoder(
         tensors: the model part of a checkpoint.
         which: student or teacher; the one that the method's paper uses if None.
         beside: other kinds of data of the run, for the card.
-    Raises: RecipeError if the run has no such network.
+        form: hf, where nothing but the former will do; remote-code for the latter in any case.
+    Raises: RecipeError if the run has no such network, or transformers no such class.
     """
     which = which or recommended(recipe)
-    weights, config, kind = weights_of(tensors, which), recipe.config(), modality(recipe.data.modality)
+    weights, config, kind = weights_of(merged(tensors), which), recipe.config(), modality(recipe.data.modality)
     with appearing(path) as aside:
-        architecture = write_encoder(config, weights, aside)
+        architecture = write_encoder(config, weights, aside, form)
+        if form == "hf" and architecture == "MmsslModel":
+            raise RecipeError(_no_class(recipe, kind))
         try:
             kind.processor(config, views).save_pretrained(aside)
         except ValueError as error:
@@ -75,14 +80,17 @@ def export_encoder(
     return path
 
 
-def write_encoder(config: MmsslConfig, weights: dict[str, Tensor], folder: Path, released: str | None = None) -> str:
+def write_encoder(
+    config: MmsslConfig, weights: dict[str, Tensor], folder: Path, form: str = "auto", released: str | None = None
+) -> str:
     """Write config and weights, under the transformers architecture of the same structure or with the code of ours.
 
     Args:
+        form: remote-code for the latter in any case.
         released: model type of transformers, where a structure has several.
     Returns: name of the class.
     """
-    native = _native(config, modality(config.modality), weights, released)
+    native = None if form == "remote-code" else _native(config, modality(config.modality), weights, released)
     with torch.device("meta"):
         model = class_of(native[0])(native[0]) if native else _own(config)
     _write(model, native[1] if native else {f"encoder.{name}": tensor for name, tensor in weights.items()}, folder)
@@ -99,12 +107,17 @@ def export_encoders(
     which: str | None = None,
     metrics: dict[str, float] | None = None,
     step: int | None = None,
+    form: str = "auto",
 ) -> Path:
     """As `export_encoder`; of several kinds of data one model of all, and in it a folder for each, whole or not at all."""
     if isinstance(recipe, Recipe):
-        return export_encoder(recipe, views[""], tensors, path, which, metrics, step)
+        return export_encoder(recipe, views[""], tensors, path, which, metrics, step, form=form)
     assert isinstance(recipe, JointRecipe)
-    members = recipe.members
+    if form == "hf":
+        raise RecipeError(
+            "hf: transformers has no class for several kinds of data. Without it, the folder of each holds one where that fits."
+        )
+    members, tensors = recipe.members, merged(tensors)  # before they are shared out: what is shared is so by identity
     of = {name: which or recommended(member) for name, member in members.items()}
     parts = tensors_of(recipe, tensors, of)
     config, named = _together(members, {name: weights_of(parts[name], of[name]) for name in members})
@@ -116,7 +129,7 @@ def export_encoders(
         for name, member in members.items():
             own = {metric.replace(f"/{name}.", "/", 1): v for metric, v in (metrics or {}).items() if f"/{name}." in metric}
             beside = [other for other in members if other != name and recipe.share_trunk]
-            export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside)
+            export_encoder(member, views[name], parts[name], aside / name, of[name], own, step, beside, form)
         trunks = {name: config.trunk(name) for name in members}
         (aside / "README.md").write_text(redact(joint_card(members, of, trunks, recipe.dump(), metrics or {}, step)))
     return path
@@ -244,6 +257,15 @@ def _native(
     return AutoConfig.for_model(**config.backbone), {name.removeprefix("model."): t for name, t in weights.items()}
 
 
+def _no_class(recipe: Recipe, kind: Modality) -> str:
+    if recipe.wrapped:
+        why = "a backbone with model.stem=small has none; model.stem=normal has"
+    else:
+        fits = import_module(kind.native).FITS if kind.native else None
+        why = f"it has some for {fits}" if fits else f"it has none for {kind.name}"
+    return f"hf: transformers has no class of the structure of this encoder: {why}. as=remote-code writes it with its own code."
+
+
 def _own(config: MmsslConfig) -> MmsslModel:
     config.architectures = ["MmsslModel"]
     config.auto_map = auto_map(config)
@@ -312,6 +334,7 @@ def load_weights(encoder: Encoder | Backbone, path: str | Path) -> None:
             f"model.init: {path} is a {type(model).__name__}; the shared transformer has another structure. "
             f"With model.backbone={model.config.model_type} it is the encoder as it is."
         )
+    saved = saved | untouched(encoder)
     wrong = sorted({*own} ^ {*saved}) + [n for n in own if n in saved and own[n].shape != saved[n].shape]
     if wrong and isinstance(encoder, Backbone):
         raise RecipeError(

@@ -103,28 +103,56 @@ def push(model: Path, repo: str, private: bool = True, endpoint: str | None = No
     Raises: RecipeError for what the user can mend, MmsslError if the Hub fails.
     """
     content = plan(model, repo)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        raise RecipeError(f"{repo!r} is no name on the Hub; write ORG/NAME, such as my-lab/my-encoder.")
-    if not (token := get_token()):
-        raise RecipeError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
-    api = HfApi(endpoint=endpoint, token=token)
+    api = _client(repo, endpoint)
     for wait in (*WAITS, 0.0):
         try:
             _send(api, content, repo, private)
             return f"{api.endpoint}/{repo}"
-        except HFValidationError as error:
-            raise RecipeError(f"{repo}: {error}") from None
-        except OfflineModeIsEnabled:
-            raise RecipeError("HF_HUB_OFFLINE is set, and nothing can be sent; unset it.") from None
         except Exception as error:  # the client's transport has errors of its own, which differ between its versions
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status in HELP:
-                raise RecipeError(f"{repo}: {HELP[HTTPStatus(status)]}. Nothing was changed.") from None
+            if (told := _mendable(repo, error)) is not None:
+                raise told from None
+            status = _status(error)
             final = not wait or (status is not None and status < 500 and status != HTTPStatus.PRECONDITION_FAILED)
             if final or not (status or _is_transport(error)):
                 raise _failed(repo, content, error) from None
             time.sleep(wait)
     raise AssertionError
+
+
+def check(repo: str, private: bool = True, endpoint: str | None = None) -> None:
+    """Whether a model could be pushed: the repository is made if it does not exist, and nothing is sent.
+
+    Raises: RecipeError with the reason if not.
+    """
+    api = _client(repo, endpoint)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        api.auth_check(repo, write=True)
+    except Exception as error:  # as in `push`
+        raise _mendable(repo, error) or RecipeError(f"{repo}: the Hub cannot be reached: {_reason(error)}.") from None
+
+
+def _client(repo: str, endpoint: str | None) -> HfApi:
+    """With the user's token. Raises: RecipeError if there is none, or no such name."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise RecipeError(f"{repo!r} is no name on the Hub; write ORG/NAME, such as my-lab/my-encoder.")
+    if not (token := get_token()):
+        raise RecipeError("There is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN to one that may write.")
+    return HfApi(endpoint=endpoint, token=token)
+
+
+def _mendable(repo: str, error: Exception) -> RecipeError | None:
+    """What the user can do about an error, None if nothing."""
+    if isinstance(error, HFValidationError):
+        return RecipeError(f"{repo}: {error}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return RecipeError("HF_HUB_OFFLINE is set, and nothing can be sent; unset it.")
+    status = _status(error)
+    return RecipeError(f"{repo}: {HELP[HTTPStatus(status)]}. Nothing was changed.") if status in HELP else None
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _send(api: HfApi, content: Plan, repo: str, private: bool) -> None:
@@ -153,8 +181,11 @@ def _is_transport(error: Exception) -> bool:
 
 
 def _failed(repo: str, content: Plan, error: Exception) -> MmsslError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return MmsslError(
-        f"{repo}: the Hub could not be written: {reason}. The same command tries again. What is there is the old model, or all "
-        f"of the new one if its last commit says {content.title!r}."
+        f"{repo}: the Hub could not be written: {_reason(error)}. The same command tries again. What is there is the old "
+        f"model, or all of the new one if its last commit says {content.title!r}."
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

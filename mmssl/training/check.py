@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmssl.config import Settings
+from mmssl.config.blocks import HubOptions
 from mmssl.errors import RecipeError
 from mmssl.training.pretrain import prepare
 from mmssl.training.trainer import SelfSupervisedTrainer
@@ -39,7 +40,8 @@ def check(recipe: Settings) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         quiet = recipe.train.model_copy(update={"report_to": []})
-        run = prepare(recipe.model_copy(update={"out": str(Path(temporary) / "run"), "train": quiet}), trainer=Stopwatch)
+        own = {"out": str(Path(temporary) / "run"), "train": quiet, "hub": HubOptions()}  # type: ignore[call-arg]
+        run = prepare(recipe.model_copy(update=own), trainer=Stopwatch)
         run.trainer.train()
         trainer: Any = run.trainer
     if len(trainer.times) < 2:

@@ -28,7 +28,7 @@ def measure(run: str | Path, *overrides: str) -> dict[str, float]:
         raise CheckpointError(f"{run} holds no checkpoint yet; the first is written after save.every updates.")
     tensors, _ = checkpoint.load(newest)
     with tempfile.TemporaryDirectory() as temporary:
-        recipe = load_recipe(folder.config, *overrides, "train.report_to=[]", f"out={Path(temporary) / 'run'}")
+        recipe = load_recipe(folder.config, *overrides, "train.report_to=[]", "hub.repo=null", f"out={Path(temporary) / 'run'}")
         prepared = prepare(recipe)
         load_model_state(prepared.objective, tensors["model"])
         return prepared.measure(prepared.trainer)

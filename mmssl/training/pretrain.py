@@ -30,6 +30,7 @@ from mmssl.training.outcome import leave, record_failure
 from mmssl.training.pairs import Crossing, check_pairs
 from mmssl.training.peers import Peers
 from mmssl.training.progress import Progress
+from mmssl.training.pushing import Pusher, reach
 from mmssl.training.replay import record
 from mmssl.training.resuming import added
 from mmssl.training.retention import Retention
@@ -81,6 +82,8 @@ def prepare(
 
     def opened() -> RunFolder:
         nonlocal folder  # known from here on, whatever becomes of the other ranks
+        if recipe.hub.repo:
+            reach(recipe.hub, resume)
         folder = peers.make_place(reopen(at) if resume else RunFolder.create(at, overwrite))
         return folder
 
@@ -196,6 +199,9 @@ class Run:
         self.last = found if self.start >= self.steps or self.trainer.early else None  # with no update after it
         if found is not None and self.last is None:
             self.trainer.add_callback(Proof(self.trainer, found))
+        self.pusher = Pusher(folder, recipe.hub) if recipe.hub.repo and folder.is_main else None
+        if self.pusher is not None:
+            self.trainer.add_callback(self.pusher)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -263,6 +269,8 @@ class Run:
         best = self.trainer.chosen.get("best")
         if best is not None and best.step is not None and self.folder.is_main:
             export(self.folder.path, checkpoint="best")
+        if self.pusher is not None and state == "finished":
+            self.pusher.finish(step, self.recipe.train.hang_timeout, lambda: self.trainer.stop_signal is not None)
         kept = best and {name: best.state()[name] for name in ("metric", "value", "step")}
         facts = {"change": told(self.trainer.metrics), "best": kept, "early": self._early}
         self.folder.status(state, step=step, steps=self.steps, **facts)
@@ -300,6 +308,8 @@ class Run:
 
     def _save(self, trainer: SelfSupervisedTrainer) -> None:
         save_run(trainer, self.views, self.folder, self._next_batch(trainer.state.global_step))
+        if self.pusher is not None and not trainer.failed_saves:
+            self.pusher.saved(trainer.state.global_step)
 
     def _next_batch(self, step: int) -> dict[str, str | None]:
         """Member -> identity of the update after `step`; None where it is not a function of the data alone."""

@@ -391,8 +391,8 @@ class RunFolder:
 
         Args:
             state: running, finished, preempted or failed.
-            facts: step, steps, launch, rollbacks, tracker (its id there), health (in words), error (text), code, ...; the first
-                six stay as they were if not given.
+            facts: step, steps, launch, rollbacks, tracker (its id there), health (in words), hub (what was pushed), error
+                (text), code, ...; the first seven stay as they were if not given.
         Raises: StorageError.
         """
         if state not in STATES:
@@ -401,7 +401,7 @@ class RunFolder:
             return
         before = self.read_status()
         who = {"pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname(), "time": time.time()}
-        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks", "tracker", "health")}
+        kept = {name: before.get(name) for name in ("step", "steps", "launch", "rollbacks", "tracker", "health", "hub")}
         known = {**kept, **who, "error": None, **facts}
         with storing(self.status_file):
             write_atomic(self.status_file, json.dumps(plain({"state": state, **known}), indent=2) + "\n")

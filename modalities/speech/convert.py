@@ -13,6 +13,7 @@ from mmssl.model.native import fused, linears, options, renamed, split
 from modalities.speech.features import KERNELS, STRIDES
 
 NATIVE = ("data2vec-audio", "wav2vec2", "hubert")
+FITS = "model.alibi=false, no prenet, extra tokens or LayerScale, GELU and model.norm_eps=1e-5 (Data2VecAudio, Wav2Vec2)"
 METHODS = {"data2vec-audio": "data2vec1", "wav2vec2": "wav2vec2", "hubert": "hubert"}  # of `method=auto`
 QKV = ("q_proj", "k_proj", "v_proj")
 OLD = {"conv.weight_g": "conv.parametrizations.weight.original0", "conv.weight_v": "conv.parametrizations.weight.original1"}

@@ -90,8 +90,7 @@ class SpeechFeatures(nn.Module):
         valid = attention_mask.sum(1)
         for kernel, stride in zip(KERNELS, STRIDES):
             valid = (valid - kernel).div(stride, rounding_mode="floor") + 1
-        places = valid.new_tensor(range(self.frames(attention_mask.shape[1])))
-        return places >= valid[:, None]
+        return torch.arange(self.frames(attention_mask.shape[1]), device=valid.device) >= valid[:, None]
 
     def positions(self, heads: int, extra: int) -> nn.Module:
         """Convolutional positions, with biases that grow with distance if `alibi`; or none."""

@@ -11,6 +11,7 @@ from mmssl.model.configuration import MmsslConfig
 from mmssl.model.native import Blocks, linears, native_shape, options, own_shape, plain, stored
 
 NATIVE = ("bert", "roberta", "data2vec-text")
+FITS = "model.norm=post and places, no prenet, extra tokens or LayerScale, and GELU (BERT, RoBERTa)"
 METHODS = {"bert": "mlm", "roberta": "mlm", "data2vec-text": "data2vec1"}  # of `method=auto`
 BLOCKS = Blocks(
     path="encoder.layer",

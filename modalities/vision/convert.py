@@ -13,8 +13,13 @@ from mmssl.model.configuration import MmsslConfig
 from mmssl.model.native import Blocks, linears, native_shape, options, own_shape, plain, stored
 from mmssl.model.positions import SinCos2d
 from modalities.vision import convert_dino
+from modalities.vision.convert_timm import to_timm as to_timm
 
 NATIVE = ("vit", "vit_mae", "data2vec-vision", *convert_dino.NATIVE)
+FITS = (  # what a class of transformers needs, for who asks for one
+    "model.norm=pre and absolute positions without prenet (ViT), besides LayerScale or registers (DINOv2), rotary positions "
+    "(DINOv3), or relative ones with LayerScale (Data2VecVision)"
+)
 # What `method=auto` goes on with. DINO's heads are not released, and new ones of 65 536 prototypes are not for small data.
 METHODS = {"vit": "mae", "vit_mae": "mae", "data2vec-vision": "data2vec1"}
 BLOCKS = Blocks(
