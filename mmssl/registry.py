@@ -66,6 +66,10 @@ class Modality(NamedTuple):
     # (plain view, views, features, colours) -> an image of each sample; colours of its tokens, (B, L, 3) in 0..1, beside it
     sketch: Callable[[View, Any, Any, Tensor | None], list[Any]] | None = None
     sizes: Callable[[Any], dict[str, float]] | None = None  # sample -> how large it is, each by the name of its unit
+    # name of a question -> what is done to a sample in each of its answers but the first, which is the sample as it is
+    pretexts: dict[str, tuple[Callable[[Any], Any], ...]] = {}
+    # (path of a mask, its sample, views) -> (H, W) int64, the class of each pixel where `views.plain` looks; raises Rejected
+    segments: Callable[[Any, Any, Any], Tensor] | None = None
 
 
 @cache

@@ -11,6 +11,7 @@ NAMES = {
     "claim": "time data2vec 2 needs for the k-NN accuracy that data2vec 1 reaches, on CIFAR-10",
     "visible": "an encoder that sees a quarter of the tokens against the same one that sees all",
     "save": "a checkpoint of the base image model against torch.save and fsync of the same bytes",
+    "watch": "updates with online watching at the default interval against updates without",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
 

@@ -1,8 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
-python -m tools.soak [only=engines,kills,ranks,files,recipes,disk] [engines=ddp,zero1,zero2,zero3] [methods=data2vec2,dino,...]
-                     [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [under=ddp,zero2] [files=200]
-                     [recipes=500] [disk=20] [seed=0] [write=true]
+python -m tools.soak [only=engines,kills,ranks,files,recipes,disk,health] [engines=ddp,zero1,zero2,zero3]
+                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10]
+                     [under=ddp,zero2] [files=200] [recipes=500] [disk=20] [health=60] [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
 a teacher. Exit status 1 if anything was wrong.
@@ -24,7 +24,7 @@ DOCS = Path("docs/reliability.md")
 BEGIN, END = "<!-- soak: written by `make soak` -->", "<!-- end -->"
 DEFAULTS = {
     **{
-        "only": "engines,kills,ranks,files,recipes,disk",
+        "only": "engines,kills,ranks,files,recipes,disk,health",
         "engines": "ddp,zero1,zero2,zero3",
         "methods": "",
         "precision": "fp32,bf16",
@@ -37,6 +37,7 @@ DEFAULTS = {
         "files": "200",
         "recipes": "500",
         "disk": "20",
+        "health": "60",
         "seed": "0",
         "write": "true",
     },
@@ -88,6 +89,15 @@ def disk(given: dict[str, str]) -> list[Row]:
         return [disk.campaign(Path(folder), int(given["disk"]), int(given["seed"]))]
 
 
+def health(given: dict[str, str]) -> list[Row]:
+    """Healthy runs."""
+    from tools.soak import health, runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs.prepare(Path(folder))
+        return [health.campaign(Path(folder), int(given["health"]))]
+
+
 def files(given: dict[str, str]) -> list[Row]:
     """Malformed files; each kind of data in a process of its own, so that a crash is seen."""
     rows = []
@@ -137,9 +147,8 @@ def main() -> None:
     given, wrong = DEFAULTS | words, False
     for part in given["only"].split(","):
         start = time.monotonic()
-        rows = {"engines": engines, "kills": kills, "ranks": ranks, "files": files, "recipes": recipes, "disk": disk}[part](
-            given
-        )
+        parts = {"engines": engines, "kills": kills, "ranks": ranks, "files": files, "recipes": recipes, "disk": disk}
+        rows = (parts | {"health": health})[part](given)
         for row in rows:
             print(f"{row.what}: {row.tried}: {row.result if not row.wrong else 'WRONG'}", *row.wrong, sep="\n  ", flush=True)
         print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
