@@ -25,6 +25,7 @@ test: $(STAMP) lint
 
 results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is there; needs ../shared/data, some hours
 	$(BIN)/python -m tools.results
+	$(BIN)/python -m tools.choices
 
 soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
@@ -32,6 +33,7 @@ soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed fil
 bench: $(STAMP)  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about 20 minutes
 	$(BIN)/python -m tools.bench masks
 	$(BIN)/python -m tools.bench visible
+	$(BIN)/python -m tools.bench watch
 	$(BIN)/python -m tools.bench claim
 
 clean:
