@@ -83,15 +83,16 @@ def compare(
         sets, _ = open_data(network, place, data, {**options, "modality": kind}, few)
         if protocols and sets.test is None:
             raise RecipeError(f"protocol: {data} has no labels; leave it out, or name their column with label=COLUMN.")
-        run = runner(network, **needs(protocols, network))
-        if protocols:
+        wanted = needs(protocols, network)
+        run = runner(network, **wanted)
+        if wanted["tokens"]:
             check_room([sets.train, sets.test], run)
         bank, test = embed_set(sets.train, run), embed_set(sets.test, run) if sets.test else None
         check_finite([part for part in (bank, test) if part is not None], name, data)
         if protocols and test is not None:
             check_rows(bank, test, name, data)
             found = measured(protocols, sets, run, bank, test, seed)
-            test |= {f"{RIGHT}{p}": one["right"] for p, one in found.items()}
+            test |= {f"{RIGHT}{p}": torch.tensor(one["right"]) for p, one in found.items()}
         rows[name] = bank, test
         weights = {id(p): p.numel() for p in network.parameters()}
         results[name] = {"parameters": sum(weights.values()), "width": bank["embedding"].shape[1]}

@@ -321,9 +321,9 @@ def _dense(
 ) -> dict[str, dict[str, float]]:
     """`probe` of patches. wrong: options that were given and do not apply."""
     known = {"train": "train", "test": "test", "samples": 5000, "modality": None, "member": None}
-    if wrong := [*wrong, *(name for name in options if name not in known)]:
+    if wrong := [*wrong, *(name for name in options if name not in (*known, "neighbours"))]:  # which always has a value
         raise RecipeError(f"{wrong[0]}: does not apply to protocol=dense, whose labels are masks; leave it out.")
-    train, test, samples, modality, member = (known | options).values()
+    train, test, samples, modality, member = (options.get(name, default) for name, default in known.items())
     network, place = open_model(model, member)
     kind = modality_of(network, modality)
     sets = open_masked(data, kind, kind.plain_views(network, place), samples, train, test)

@@ -139,7 +139,7 @@ def measure(
 
 
 def _scored(right: Tensor) -> dict[str, Any]:
-    return {"accuracy": float(right.double().mean()), "right": right.cpu()}
+    return {"accuracy": float(right.double().mean()), "right": right.tolist()}
 
 
 def _vote(p: Knn, bank: Rows, test: Rows) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _report(p: Linear, heads: Heads, bank: Rows, test: Rows, held: Tensor, views
             row["held_out"] = accuracy
         best, more = max(rows, key=lambda row: row["held_out"]), {"all": rows}
     told = {"epochs": p.epochs, "batch": p.batch, "augment": p.augment and views}
-    return {**best, "right": right[:, rows.index(best)].cpu(), **told, **more}
+    return {**best, "right": right[:, rows.index(best)].tolist(), **told, **more}
 
 
 def _features(p: Linear, rows: Rows) -> Tensor:

@@ -78,7 +78,7 @@ def test_numbers_are_those_of_scikit_learn(monkeypatch):
     known = truth != IGNORE
     assert found["pixels"] == pytest.approx(accuracy_score(truth[known], said[known]), abs=1e-9)
     assert found["miou"] == pytest.approx(jaccard_score(truth[known], said[known], average="macro"), abs=1e-9)
-    assert 0.3 < found["miou"] < found["pixels"] < 0.95
+    assert 0.15 < found["miou"] < found["pixels"] < 0.95
     assert segmented(Dense(), 9 * tokens[:20], masks[:20], 9 * tokens[20:], masks[20:]) == pytest.approx(found, abs=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_masks_are_cut_as_images_are(tmp_path):
     for name, mask in (
         ("grey", Image.fromarray(pixels)),
         ("palette", palette),
-        ("deep", Image.fromarray(pixels.astype(np.int32))),
+        ("deep", Image.fromarray(pixels.astype(np.uint16))),
     ):
         mask.save(tmp_path / f"{name}.png")
         found.append(modality("vision").segments(tmp_path / f"{name}.png", image, views))
@@ -124,7 +124,7 @@ def test_bright_patches_are_found_and_the_table_says_so(vit, folder, capsys):
             r"train/01\.png: a mask of mode RGB; pixels must be class numbers",
         ),
         (lambda at: Image.new("L", (8, 16)).save(at), "a mask of 8 x 16 pixels for an image of 16 x 16"),
-        (lambda at: Image.fromarray(np.full((16, 16), 700, np.int32)).save(at), "holds 700; classes are 0 to 254"),
+        (lambda at: Image.fromarray(np.full((16, 16), 700, np.uint16)).save(at), "holds 700; classes are 0 to 254"),
         (lambda at: at.write_bytes(b"no image"), "not an image of a known format"),
     ],
 )

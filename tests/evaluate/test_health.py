@@ -37,6 +37,10 @@ def test_effective_rank_counts_directions_of_variance():
     assert collapse.rankme(torch.full((10, 3), 7.0)) == pytest.approx(1, abs=1e-4)  # which takes the offset for a direction
 
 
+def test_the_spread_of_a_dimension_is_that_of_numpy():
+    assert collapse.dimension_std(t(BASE)) == pytest.approx(BASE.std(0, ddof=1).mean(), rel=1e-12)
+
+
 def test_lidar_is_by_hand():
     x = np.stack([FIRST, SECOND], 1)
     means = x.mean(1)
