@@ -52,7 +52,7 @@ class Method(nn.Module):
     alone: ClassVar[bool] = True  # whether it teaches anything without another method beside it
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
-    smallest: float = math.inf  # samples of a micro-batch of all ranks, known once `check_batch` was asked
+    smallest: float = math.inf  # samples of a micro-batch of all ranks, once a run has said so
     normal: ClassVar[tuple[Normal, ...]] = ()  # what differs from the classes it extends, and from `NORMAL`
 
     student: Network
@@ -132,7 +132,6 @@ class Method(nn.Module):
         Returns: what will work, but may not work well, in words that begin with an option.
         Raises: ValueError that begins with the option that does not fit, and names what does.
         """
-        self.smallest = min(self.smallest, samples)
         if samples < 2 and any(is_batch_norm(module) for module in self.modules()):
             raise ValueError(
                 "train.global_batch: a micro-batch of 1 sample, batch normalisation compares samples; take at least 2 (of all "
