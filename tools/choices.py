@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from scipy.stats import spearmanr
 
@@ -66,7 +67,8 @@ def judged(found: Points, metric: str, sign: int) -> tuple[float, float] | None:
     if not all(metric in point for point in found):
         return None
     values, knn = [sign * point[metric] for point in found], [point["knn"] for point in found]
-    return float(spearmanr(values, knn).statistic), max(knn) - knn[values.index(max(values))]
+    ranks: Any = spearmanr(values, knn)
+    return float(ranks.statistic), max(knn) - knn[values.index(max(values))]
 
 
 def table(runs: dict[str, Points]) -> str:

@@ -50,7 +50,7 @@ def open_masked(path: str, kind: Modality, views: Views, samples: int, train: st
         raise RecipeError(f"protocol: dense takes images, and the model takes {kind.name}.")
     if not all((folder / name).is_dir() for name in (IMAGES, MASKS)):
         raise RecipeError(f"data: {path} has not both {IMAGES}/ and {MASKS}/ (PNG files of the same names), which dense wants.")
-    where = DataOptions(path=str(folder / IMAGES), modality=kind.name)
+    where = DataOptions.model_validate({"path": str(folder / IMAGES), "modality": kind.name})
     there = splits(where, kind)
 
     def opened(split: str) -> tuple[Source, list[int]]:

@@ -54,7 +54,7 @@ def run(
     Returns: `time_ratio` ((an update + a watch step : `every`) : an update without, median over pairs), its spread, and the
         same with the online probe and health alone.
     """
-    every, samples = WatchOptions().every, WatchOptions().samples
+    every, samples = (WatchOptions.model_fields[name].default for name in ("every", "samples"))
     words = [f"data.path={Path(data)}", f"train.steps={int(updates) + WARM}", "data.workers=0", f"watch.samples={samples}"]
     words += ["watch.every=0", "watch.change=false", "watch.pictures=false", "train.seed=0"]
     without, beside, first, later = [], [], [], []
