@@ -25,6 +25,7 @@ test: $(STAMP) lint
 
 results: $(STAMP)  ## the runs behind docs/results.md, each skipped if it is there; needs ../shared/data, some hours
 	$(BIN)/python -m tools.results
+	$(BIN)/python -m tools.choices
 
 soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed files, mutated recipes, failing disks; for docs/reliability.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak
@@ -36,7 +37,7 @@ $(PEERS)/.installed: pyproject.toml constraints.txt  ## what others would use, b
 	touch $@
 
 bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about an hour
-	for name in masks visible claim save nt_xent; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
+	for name in masks visible watch claim save nt_xent; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
 	for name in mae wav2vec2 mlm; do $(PEERS)/bin/python -m tools.bench step method=$$name batch=8 || exit 1; done
 	for name in simclr byol vicreg barlow_twins swav dino; do for part in step loss; do \
 		$(PEERS)/bin/python -m tools.bench joint method=$$name part=$$part || exit 1; done; done

@@ -67,6 +67,10 @@ class Modality(NamedTuple):
     sketch: Callable[[View, Any, Any, Tensor | None], list[Any]] | None = None
     sizes: Callable[[Any], dict[str, float]] | None = None  # sample -> how large it is, each by the name of its unit
     published: str | None = None  # name of a module of layouts of others' checkpoints, see mmssl/model/published.py
+    # name of a question -> what is done to a sample in each of its answers but the first, which is the sample as it is
+    pretexts: dict[str, tuple[Callable[[Any], Any], ...]] = {}
+    # (path of a mask, its sample, views) -> (H, W) int64, the class of each pixel where `views.plain` looks; raises Rejected
+    segments: Callable[[Any, Any, Any], Tensor] | None = None
 
 
 @cache

@@ -4,7 +4,7 @@ Models (run folders, model folders, Hub ids) of one kind of data, of any width, 
 regression as `mmssl probe` has them, each with its 95 % interval, and for each pair the interval of the difference, by a
 bootstrap that draws the same test samples for both. Label-free metrics, likeness of features (linear CKA), parameters; a
 sentence for each pair. Without labels there are metrics and CKA only. Intervals are about the test samples, not about another
-seed of training.
+seed of training. protocol=NAME[,NAME...] measures as papers do instead of the logistic regression, see `mmssl probe --help`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ OPTIONS = {
     "labels": PROBE["labels"],
     "seed": (int, 0, "of bootstrap draws, random views and k-means"),
     **{name: PROBE[name] for name in SAME},
+    **{name: PROBE[name] for name in ("protocol", "epochs", "augment")},
     "metrics": (bool, True, "what needs no classifier, too"),
     "json": (bool, False, "print JSON"),
 }
@@ -43,9 +44,10 @@ def table(found: dict[str, Any]) -> str:
     letters = {name: chr(ord("A") + i) if len(models) <= 26 else str(i) for i, name in enumerate(models)}
     rows = [f"{letter}  {name}" for name, letter in letters.items()]
     rows += ["", f"{'':20}" + "".join(f"{letter:>24}" for letter in letters.values())]
-    for measure, told in (("knn", "k-NN"), ("linear", "linear")):
-        cells = [_share(scores[measure]) for scores in models.values() if measure in scores]
-        rows += [f"{told:20}" + "".join(f"{cell:>24}" for cell in cells)] if cells else []
+    scored = [name for name, value in next(iter(models.values())).items() if isinstance(value, dict) and "value" in value]
+    for measure in sorted(scored, key=lambda name: name != "knn"):
+        cells = (_share(scores[measure]) for scores in models.values())
+        rows.append(f"{'k-NN' if measure == 'knn' else measure:20}" + "".join(f"{cell:>24}" for cell in cells))
     for what in ("parameters", "width"):
         rows.append(f"{what:20}" + "".join(f"{scores[what]:>24,}" for scores in models.values()))
     names = dict.fromkeys(name for scores in models.values() for name in scores.get("metrics", {}))

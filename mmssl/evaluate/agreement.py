@@ -91,6 +91,52 @@ def tolerance(features: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
+def invariance(features: Tensor, views: Tensor, share: float = 0.01, best: int = 10) -> float:
+    """How much more often units fire on other views of the samples that they fire on than on all, of the units of which it is
+    most so; 1 by chance.
+
+    Args:
+        features: (N, D).  views: (N, q, D), views of the same samples.
+        share: of all N (1 + q) inputs that a unit, a dimension or its negative, fires on.
+        best: units that count.
+    Source: Goodfellow et al., NeurIPS 2009, as used in arXiv:2007.13916.
+    """
+    fires, seen = _firing(torch.cat([features[:, None], views], 1), share)
+    own = seen[:, 1:].double().mean(1)  # (N, 2 D)
+    return _best((own * fires).sum(0) / fires.sum(0).clamp(min=1), seen.double().mean((0, 1)), best)
+
+
+@torch.no_grad()
+def class_invariance(features: Tensor, labels: Tensor, share: float = 0.01, best: int = 10) -> float:
+    """The same with the other samples of a class in place of views. NaN if no class has two samples.
+
+    Args:
+        features: (N, D).  labels: (N,) int64, -1 = unknown, which is left out.
+    """
+    sizes = labels[labels >= 0].bincount()
+    known = (labels >= 0) & (sizes[labels.clamp(min=0)] > 1) if len(sizes) else labels >= 0
+    if not bool(known.any()):
+        return float("nan")
+    rows, classes = features[known], labels[known]
+    fires, _ = _firing(rows[:, None], share)
+    of_class = torch.zeros(len(sizes), fires.shape[1], dtype=fires.dtype, device=fires.device).index_add_(0, classes, fires)
+    others = (of_class[classes] - fires) / (sizes[classes] - 1)[:, None]  # (N, 2 D)
+    return _best((others * fires).sum(0) / fires.sum(0), fires.mean(0), best)
+
+
+def _firing(inputs: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(N, 2 D) float64 and (N, q, 2 D) bool, of (N, q, D): whether units fire on the first of each sample, and on all."""
+    both = torch.cat([inputs, -inputs], 2)
+    flat = both.flatten(0, 1)
+    seen = both >= flat.topk(max(1, round(share * len(flat))), 0).values[-1]
+    return seen[:, 0].double(), seen
+
+
+def _best(local: Tensor, overall: Tensor, best: int) -> float:
+    return float((local / overall).topk(min(best, len(local))).values.mean())
+
+
+@torch.no_grad()
 def cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment of two sets of features, 0..1; 1 if one is the other turned and scaled.
 

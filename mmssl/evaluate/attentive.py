@@ -60,11 +60,18 @@ class AttentiveProbe(nn.Module):
         return self.classifier(self.pool((tokens - self.mean) / self.std, valid))
 
 
-@torch.enable_grad()
 def attentive_accuracy(
     p: Attentive, bank: Mapping[str, Tensor], test: Mapping[str, Tensor], classes: int, seed: int = 0
 ) -> float:
-    """Test accuracy, 0..1.
+    """Test accuracy, 0..1, of the classifier of `attentive_right`."""
+    return float(attentive_right(p, bank, test, classes, seed).double().mean())
+
+
+@torch.enable_grad()
+def attentive_right(
+    p: Attentive, bank: Mapping[str, Tensor], test: Mapping[str, Tensor], classes: int, seed: int = 0
+) -> Tensor:
+    """(Q,) bool: whether it finds the class of each test sample.
 
     Args:
         bank, test: `tokens` (N, L, D), `attend` (N, L) bool, `label` (N,). What they are on is what it learns on.
@@ -87,5 +94,4 @@ def attentive_accuracy(
         optimizer.step()
     with torch.no_grad():
         parts = zip(*(test[name].split(p.batch) for name in ("tokens", "attend", "label")))
-        right = sum(int((probe(x.float(), v).argmax(1) == y).sum()) for x, v, y in parts)
-    return right / len(test["label"])
+        return torch.cat([probe(x.float(), v).argmax(1) == y for x, v, y in parts])

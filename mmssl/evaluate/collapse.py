@@ -44,7 +44,7 @@ def alpha_req(features: Tensor, eps: float = 1e-6) -> float:
 @torch.no_grad()
 def dimension_std(features: Tensor) -> float:
     """Standard deviation of each dimension over samples, averaged. features: (N, D)."""
-    return float(features.float().std(0).mean())
+    return float(at_least_fp32(features).std(0).mean())
 
 
 @torch.no_grad()

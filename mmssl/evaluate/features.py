@@ -93,6 +93,17 @@ class DrawnSet(PlainSet):
         return self.views.collate([drawn(sample) for sample in samples])[0]
 
 
+class ChangedSet(PlainSet):
+    """The same samples, something done to each of them."""
+
+    def __init__(self, plain: PlainSet, change: Callable[[Any], Any]):
+        super().__init__(plain.source, plain.kind, plain.views, plain.indices)
+        self.change = change
+
+    def _view(self, samples: Sequence[dict[str, Any]]) -> View:
+        return self.views.plain([self.change(sample["sample"]) for sample in samples])
+
+
 class Sets(NamedTuple):
     """What the probes look at. `test` is None without labels."""
 
@@ -112,6 +123,15 @@ class Loaded:
     def drawn(self, seed: int, epoch: int) -> Loaded:
         """The same samples under an epoch's random views."""
         return Loaded(DrawnSet(self.data, seed, epoch), self.batch, self.workers)
+
+    def changed(self, change: Callable[[Any], Any]) -> Loaded:
+        """The same samples, something done to each of them."""
+        return Loaded(ChangedSet(self.data, change), self.batch, self.workers)
+
+    def some(self, places: Tensor) -> Loaded:
+        """The samples at those places, (n,)."""
+        indices = [self.data.indices[place] for place in places.sort().values.tolist()]
+        return Loaded(PlainSet(self.data.source, self.data.kind, self.data.views, indices), self.batch, self.workers)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.kept is not None:

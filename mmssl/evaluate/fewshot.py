@@ -24,16 +24,32 @@ class FewShot:
     draws: int = 100
 
 
-@torch.no_grad()
 def few_shot(p: FewShot, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, seed: int = 0) -> Interval:
     """Mean accuracy, 0..1, over draws of the labelled samples, and its 95 % interval (Student's t over draws).
+
+    Arguments and errors as those of `few_shot_right`.
+    """
+    return over_draws(few_shot_right(p, bank, labels, queries, truth, seed))
+
+
+def over_draws(right: Tensor) -> Interval:
+    """Mean and its 95 % interval (Student's t over draws) of what `few_shot_right` gives."""
+    from scipy.stats import t
+
+    draws, scores = len(right), right.double().mean(1)
+    spread = float(t.ppf(0.975, draws - 1) * scores.std() / draws**0.5)
+    mean = float(scores.mean())
+    return Interval(mean, mean - spread, mean + spread)
+
+
+@torch.no_grad()
+def few_shot_right(p: FewShot, bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, seed: int = 0) -> Tensor:
+    """(draws, Q) bool: whether the nearest class mean of each draw is that of each query.
 
     Args:
         bank: (N, D).  labels: (N,) int64.  queries: (Q, D), those asked of each draw.  truth: (Q,).
     Raises: RecipeError if a class has fewer samples.
     """
-    from scipy.stats import t
-
     labels, bank, queries = labels.cpu(), unit_rows(bank), unit_rows(queries)
     classes, sizes = labels.unique(return_counts=True)
     if int(sizes.min()) < p.shots:
@@ -43,14 +59,11 @@ def few_shot(p: FewShot, bank: Tensor, labels: Tensor, queries: Tensor, truth: T
             f"{int(sizes.min())} among the training samples; raise samples, or take another."
         )
     place = torch.zeros(int(classes.max()) + 1, dtype=torch.int64).scatter_(0, classes, torch.arange(len(classes)))
-    scores = []
+    found = []
     for draw in range(p.draws):
         chosen = rank_in_class(labels, seed, "few-shot", draw) < p.shots
         sums = bank.new_zeros(len(classes), bank.shape[1])
         means = sums.index_add_(0, place[labels[chosen]].to(bank.device), bank[chosen.to(bank.device)]) / p.shots
         nearest = classes[torch.cdist(queries, means).argmin(1).cpu()]
-        scores.append((nearest == truth.cpu()).double().mean())
-    found = torch.stack(scores)
-    spread = float(t.ppf(0.975, p.draws - 1) * found.std() / p.draws**0.5)
-    mean = float(found.mean())
-    return Interval(mean, mean - spread, mean + spread)
+        found.append(nearest == truth.cpu())
+    return torch.stack(found)

@@ -64,14 +64,15 @@ def of_outputs(features: Tensor) -> dict[str, float]:
     return {"output_std": spread, "output_dimensions": float(participation(rows)), "output_dead": collapse.channels(rows).dead}
 
 
-def of_views(first: Tensor, second: Tensor, temperature: float = 0.1) -> dict[str, float]:
+def of_views(first: Tensor, second: Tensor, temperature: float = 0.1, plain: Tensor | None = None) -> dict[str, float]:
     """What two random views of each sample show; empty if there are fewer than two samples, or the views are not random.
 
     Args:
         first, second: (N, D), row i of both is the same sample; of pairs, the first 4 096 are compared.
         temperature: at which the contrast of views is judged.
-    Returns: alignment (mean squared distance), lidar, npc and npc_variation, penalty_entropy, and means and variances of
-        similarities, see `agreement`.
+        plain: (N, D), the same samples as they are, for invariance.
+    Returns: alignment (mean squared distance), lidar, npc and npc_variation, penalty_entropy, invariance, and means and
+        variances of similarities, see `agreement`.
     """
     if len(first) < 2 or torch.equal(first, second):
         return {}
@@ -85,12 +86,13 @@ def of_views(first: Tensor, second: Tensor, temperature: float = 0.1) -> dict[st
             "npc_variation": npc.variation,
             "penalty_entropy": agreement.penalty_entropy(found, temperature),
             **agreement.summary(found),
+            **({} if plain is None else {"invariance": agreement.invariance(plain, torch.stack([first, second], 1))}),
         }
     )
 
 
 def of_classes(features: Tensor, labels: Tensor, seed: int = 0) -> dict[str, float]:
-    """What labels show: tolerance, map (mean average precision of retrieval), nmi and ari of k-means, see `agreement`.
+    """What labels show: tolerance, map (mean average precision of retrieval), class_invariance, nmi and ari of k-means.
 
     Args:
         features: (N, D).  labels: (N,) int64, -1 = unknown.
@@ -99,6 +101,7 @@ def of_classes(features: Tensor, labels: Tensor, seed: int = 0) -> dict[str, flo
         {
             "tolerance": agreement.tolerance(features, labels),
             "map": agreement.retrieval(features, labels),
+            "class_invariance": agreement.class_invariance(features, labels),
             **agreement.clustering(features, labels, seed),
         }
     )

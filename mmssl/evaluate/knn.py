@@ -42,7 +42,7 @@ def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k
 
 def knn_right(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """(Q,) bool: whether the class of each query has the largest vote."""
-    (right,) = _right(bank, labels, queries, truth, (k,), temperature).values()
+    (right,) = knn_rights(bank, labels, queries, truth, (k,), temperature).values()
     return right
 
 
@@ -50,15 +50,15 @@ def knn_accuracies(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float = 0.07
 ) -> dict[int, float]:
     """The same for several numbers of neighbours; those beyond the bank count as the whole bank."""
-    found = _right(bank, labels, queries, truth, neighbours, temperature)
+    found = knn_rights(bank, labels, queries, truth, neighbours, temperature)
     return {k: float(right.float().mean()) for k, right in found.items()}
 
 
 @torch.no_grad()
-def _right(
-    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float
+def knn_rights(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, neighbours: tuple[int, ...], temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """Number of neighbours -> (Q,) bool."""
+    """Number of neighbours, at most the whole bank -> (Q,) bool, as `knn_right`."""
     classes = int(max(labels.max(), truth.max())) + 1
     similarity, votes = _nearest(bank, labels, queries, max(neighbours))
     return {

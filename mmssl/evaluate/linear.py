@@ -111,10 +111,15 @@ class Heads:
     @torch.no_grad()
     def accuracies(self, features: Tensor, labels: Tensor) -> list[float]:
         """Of each classifier, 0..1; 0 of one whose weights are no longer finite."""
+        return self.right(features, labels).double().mean(0).tolist()
+
+    @torch.no_grad()
+    def right(self, features: Tensor, labels: Tensor) -> Tensor:
+        """(N, heads) bool: which classifier is right about which sample; one whose weights are no longer finite never is."""
         self.norm.eval()
-        right = sum((self._logits(x).argmax(2) == y[:, None]).sum(0) for x, y in zip(features.split(1024), labels.split(1024)))
-        finite = torch.stack([weight.isfinite().all() for weight in self.weights])
-        return [count / len(features) for count in (right * finite).tolist()]
+        parts = zip(features.split(1024), labels.split(1024))
+        right = torch.cat([self._logits(x).argmax(2) == y[:, None] for x, y in parts])
+        return right & torch.stack([weight.isfinite().all() for weight in self.weights])
 
     def _logits(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, heads, C)."""
@@ -162,6 +167,11 @@ def linear_right(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, c: 
         train: (N, D).  labels: (N,), of two classes at least.  test: (Q, D).  truth: (Q,).
         c: inverse strength of the L2 penalty.
     """
+    return torch.from_numpy(logistic(train, labels, c).predict(test.double().cpu().numpy())) == truth.cpu()
+
+
+def logistic(train: Tensor, labels: Tensor, c: float = 1.0) -> Any:
+    """Multinomial logistic regression on features standardised by themselves, as scikit-learn has it. Arguments as above."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -170,5 +180,4 @@ def linear_right(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, c: 
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations are the protocol
-        model.fit(train.double().cpu().numpy(), labels.cpu().numpy())
-    return torch.from_numpy(model.predict(test.double().cpu().numpy())) == truth.cpu()
+        return model.fit(train.double().cpu().numpy(), labels.cpu().numpy())

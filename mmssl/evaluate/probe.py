@@ -15,12 +15,14 @@ from mmssl.data.sources import open_source
 from mmssl.errors import RecipeError
 from mmssl.evaluate import health
 from mmssl.evaluate.attentive import Attentive
+from mmssl.evaluate.dense import Dense, classes_of, open_masked, segmented, with_pixels
 from mmssl.evaluate.features import Loaded, Sets, open_sets
 from mmssl.evaluate.features import embed as embed_set
 from mmssl.evaluate.knn import knn_accuracy
 from mmssl.evaluate.layers import LAYER, layer_scores, projector_of
 from mmssl.evaluate.linear import Linear, linear_accuracy
-from mmssl.evaluate.protocols import Protocol, Rows, choose, measure
+from mmssl.evaluate.pretext import pretext
+from mmssl.evaluate.protocols import DENSE, Protocol, Rows, choose, measure
 from mmssl.evaluate.tokens import is_ours, layer_means, read, valid_tokens
 from mmssl.hub.export import member_folder
 from mmssl.model.released import load_encoder, modality_of
@@ -121,14 +123,14 @@ def runner(
     cls_layers: int = 0,
     tokens: bool = False,
     layers: bool = False,
-    projector: Callable[[Tensor], Tensor] | None = None,
+    projector: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> Any:
     """Function: flat batch -> pooled `embedding` (B, D), and what else is asked for.
 
     Args:
         cls_layers: `cls` (B, cls_layers, D), the class tokens of the last layers.
         tokens: `tokens` (B, L, D) of content and `attend` (B, L), 0 = padding.
-        layers: `layer.1` (B, D) and so on, the mean of content after each block; with a projector `layer.projector`.
+        layers: `layer.1` (B, D) and so on, the mean of content after each block; and those of the projector, by name.
     """
     device = local_device()
     model.to(device).eval()
@@ -146,7 +148,7 @@ def runner(
             found |= {"tokens": parts.tokens, "attend": parts.valid} if tokens else {}
             found |= {f"{LAYER}{i}": mean for i, mean in enumerate(layer_means(parts), 1)} if layers else {}
         if projector is not None:
-            found[f"{LAYER}projector"] = projector(found["embedding"].cpu())
+            found |= {f"{LAYER}{name}": x for name, x in projector(found["embedding"].cpu()).items()}
         return found
 
     return run
@@ -210,7 +212,8 @@ def probe(
         `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
         `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
         `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
-        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector": {...}}`.
+        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector.1": {...}, "projector": {...}}`.
+        With `protocol="dense"`, of images with masks, `miou` and `pixels`, see `dense.segmented`.
     Raises: RecipeError if the data have no labels, or an option is wrong.
     """
     k = int(options.get("neighbours", 20))
@@ -218,10 +221,12 @@ def probe(
     if protocol is None and any(value is not None for value in changes.values()):
         name = next(name for name, value in changes.items() if value is not None)
         raise RecipeError(f"{name}: belongs to a protocol; choose one with protocol=NAME.")
+    if protocol in (DENSE, [DENSE]):
+        given = {"group": group, "labels": labels, "metrics": metrics, "layers": layers, **changes}
+        return _dense(model, data, random, seed, [name for name, value in given.items() if value not in (None, False)], options)
     protocols = {} if protocol is None else choose(protocol, k, **changes)
     network, place = open_model(model, options.pop("member", None))
-    tokens = any(isinstance(p, Attentive) for p in protocols.values())
-    wanted: dict[str, Any] = {"cls_layers": _cls_layers(protocols, network), "tokens": tokens, "layers": layers}
+    wanted: dict[str, Any] = {**needs(protocols, network), "layers": layers}
     sets, where = open_data(network, place, data, options, None if labels is None else (labels, seed))
     if sets.test is None:
         raise RecipeError(f"data: {data} has no labels; name their column with label=COLUMN or use one folder for each class.")
@@ -232,8 +237,8 @@ def probe(
         networks = {"random": untrained(network, seed), **networks}
     for name, candidate in networks.items():
         run = runner(candidate, **wanted, projector=projector_of(place) if layers and name == "model" else None)
-        if tokens:
-            _check_room(sets, run)
+        if wanted["tokens"]:
+            check_room([sets.train, sets.test], run)
         bank, test = (embed_set(part, _with(run, values)) for part, values in zip((sets.train, sets.test), groups))
         check_rows(bank, test, f"{model}{' untrained' if name == 'random' else ''}", data)
         if "raw" not in results:
@@ -245,7 +250,8 @@ def probe(
         features = bank["embedding"], bank["label"], test["embedding"], test["label"]
         results[name] = {"knn": knn_accuracy(*features, k)}
         if protocols:
-            results[name]["protocols"] = _measured(protocols, sets, run, bank, test, seed)
+            found = measured(protocols, sets, run, bank, test, seed)
+            results[name]["protocols"] = {n: {k: v for k, v in one.items() if k != "right"} for n, one in found.items()}
         else:
             results[name]["linear"] = linear_accuracy(*features)
         if layers:
@@ -268,7 +274,12 @@ def check_rows(bank: Rows, test: Rows, model: str | Path, data: str) -> None:
         )
     if not len(test["label"]):
         raise RecipeError(f"data: no test sample of {data} can be read.")
-    if not all(bool(rows["embedding"].isfinite().all()) for rows in (bank, test)):
+    check_finite([bank, test], model, data)
+
+
+def check_finite(rows: Sequence[Rows], model: str | Path, data: str) -> None:
+    """Whether a model's embeddings are numbers. Raises: RecipeError."""
+    if not all(bool(one["embedding"].isfinite().all()) for one in rows):
         raise RecipeError(f"{model}: its embeddings of {data} are not finite; the model has diverged, take another checkpoint.")
 
 
@@ -299,7 +310,37 @@ def keep_measured(fresh: torch.nn.Module, network: torch.nn.Module) -> None:
             getattr(own, name).copy_(getattr(trained, name))
 
 
-def _measured(
+def needs(protocols: dict[str, Protocol], network: Any) -> dict[str, Any]:
+    """What `runner` must give for those protocols. Raises: RecipeError if the model cannot."""
+    tokens = any(isinstance(p, Attentive) for p in protocols.values())
+    return {"cls_layers": _cls_layers(protocols, network), "tokens": tokens}
+
+
+def _dense(
+    model: str | Path, data: str, random: bool, seed: int, wrong: list[str], options: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """`probe` of patches. wrong: options that were given and do not apply."""
+    known = {"train": "train", "test": "test", "samples": 5000, "modality": None, "member": None}
+    if wrong := [*wrong, *(name for name in options if name not in (*known, "neighbours"))]:  # which always has a value
+        raise RecipeError(f"{wrong[0]}: does not apply to protocol=dense, whose labels are masks; leave it out.")
+    train, test, samples, modality, member = (options.get(name, default) for name, default in known.items())
+    network, place = open_model(model, member)
+    kind = modality_of(network, modality)
+    sets = open_masked(data, kind, kind.plain_views(network, place), samples, train, test)
+    networks = {"random": untrained(network, seed), "model": network} if random else {"model": network}
+    results: dict[str, dict[str, float]] = {}
+    for name, candidate in networks.items():
+        run = with_pixels(runner(candidate, tokens=True))
+        check_room(sets, run)
+        rows = [embed_set(part, run) for part in sets]
+        masks = [classes_of(part, one) for part, one in zip(sets, rows)]
+        for which, part in (("raw", "pixels"), (name, "tokens")):
+            if which not in results:
+                results[which] = segmented(Dense(), rows[0][part], masks[0], rows[1][part], masks[1], seed)
+    return results
+
+
+def measured(
     protocols: dict[str, Protocol],
     sets: Sets,
     run: Any,
@@ -321,29 +362,29 @@ def _measured(
 
 def label_free(sets: Sets, run: Any, bank: Rows, seed: int) -> dict[str, float]:
     """Metrics of the training split and of two random views of it, with those that labels show where there are any."""
-    first, second = (embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2))
-    found = {**health.of_set(bank["embedding"]), **health.of_views(*_shared(first, second))}
+    plain, first, second = _shared(bank, *(embed_set(sets.train.drawn(seed, epoch), run) for epoch in range(2)))
+    found = {**health.of_set(bank["embedding"]), **health.of_views(first, second, plain=plain), **pretext(sets, run, seed)}
     return found | (health.of_classes(bank["embedding"], bank["label"], seed) if sets.test is not None else {})
 
 
-def _check_room(sets: Sets, run: Any) -> None:
+def check_room(sets: Sequence[Loaded | None], run: Any) -> None:
     """Whether all tokens can be held. Raises: RecipeError."""
-    batch = next(iter(sets.train))
+    parts = [part for part in sets if part is not None]
+    batch = next(iter(parts[0]))
     with torch.no_grad():
         found = run(batch)["tokens"]
-    samples, each = len(sets.train.data) + (len(sets.test.data) if sets.test else 0), 4 * found[0].numel()
+    samples, each = sum(len(part.data) for part in parts), 4 * found[0].numel()
     if samples * each > TOKEN_BYTES:
         raise RecipeError(
-            f"protocol: attentive holds the tokens of all samples, {samples * each / 2**30:.0f} GiB here, and at most "
+            f"protocol: the tokens of all samples are held, {samples * each / 2**30:.0f} GiB here, and at most "
             f"{TOKEN_BYTES / 2**30:.0f}; give samples={TOKEN_BYTES // each // 2}."
         )
 
 
-def _shared(first: Rows, second: Rows) -> tuple[Tensor, Tensor]:
-    """Embeddings of the samples that are in both: a random view may be refused, such as a crop without any sound."""
-    both = set(first["index"].tolist()) & set(second["index"].tolist())
-    one, other = ([place for place, i in enumerate(rows["index"].tolist()) if i in both] for rows in (first, second))
-    return first["embedding"][one], second["embedding"][other]
+def _shared(*rows: Rows) -> list[Tensor]:
+    """Embeddings of the samples that are in all: a random view may be refused, such as a crop without any sound."""
+    common = set.intersection(*({*one["index"].tolist()} for one in rows))
+    return [one["embedding"][[place for place, i in enumerate(one["index"].tolist()) if i in common]] for one in rows]
 
 
 def _groups(part: Loaded, where: DataOptions, column: str) -> Tensor:

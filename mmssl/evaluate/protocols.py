@@ -12,15 +12,16 @@ from torch import Tensor
 
 from mmssl.config import nearest
 from mmssl.errors import RecipeError
-from mmssl.evaluate.attentive import Attentive, attentive_accuracy
+from mmssl.evaluate.attentive import Attentive, attentive_right
 from mmssl.evaluate.features import rank_in_class
-from mmssl.evaluate.fewshot import FewShot, few_shot
-from mmssl.evaluate.knn import Knn, knn_accuracies
+from mmssl.evaluate.fewshot import FewShot, few_shot_right, over_draws
+from mmssl.evaluate.knn import Knn, knn_rights
 from mmssl.evaluate.linear import Heads, Linear, Logistic, logistic_path
 
 Protocol = Knn | Linear | Logistic | Attentive | FewShot
 Rows = Mapping[str, Tensor]
 
+DENSE = "dense"  # of patches, see mmssl/evaluate/dense.py; it stands alone
 HELD_OUT = 0.1  # of the training samples, where a protocol has to choose
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -68,8 +69,11 @@ def choose(names: str | Sequence[str], neighbours: int = 20, **changes: Any) -> 
     """
     wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     for name in wanted:
+        if name == DENSE:
+            raise RecipeError("protocol: dense stands alone, and in mmssl probe only: its labels are masks.")
         if name not in PROTOCOLS:
-            raise RecipeError(f"protocol: {name!r} is unknown{nearest(name, PROTOCOLS)}; there are {', '.join(PROTOCOLS)}.")
+            every = [*PROTOCOLS, DENSE]
+            raise RecipeError(f"protocol: {name!r} is unknown{nearest(name, every)}; there are {', '.join(every)}.")
     for name, least in (("epochs", 1), ("batch", 1), ("lr", 0)):
         value = changes.get(name)
         if value is not None and not (value > 0 and least <= value < float("inf")):
@@ -109,7 +113,8 @@ def measure(
             `tokens` (N, L, D), `attend` (N, L) for attentive.
         seed: of first weights, of the order of samples, and of the training samples that are held out to choose by.
         drawn: epoch -> rows of the bank's samples under that epoch's views; the bank itself if None.
-    Returns: for each `accuracy` 0..1 on `test` and what it was reached with; where there was a choice also `held_out`, the
+    Returns: for each `accuracy` 0..1 on `test`, `right` (N,), about which samples of it (of few-shots the share of draws), and
+        what it was reached with; where there was a choice also `held_out`, the
         accuracy by which it was made, and `all`. `overridden` holds what the protocol says where it was changed.
     Raises: RecipeError if a protocol must choose and no class has two training samples.
     """
@@ -120,10 +125,11 @@ def measure(
         elif isinstance(p, Logistic):
             found[name] = _regress(p, bank, test, classes, _held(bank, name, seed))
         elif isinstance(p, Attentive):
-            found[name] = {"accuracy": attentive_accuracy(p, bank, test, classes, seed), **asdict(p)}
+            found[name] = {**_scored(attentive_right(p, bank, test, classes, seed)), **asdict(p)}
         elif isinstance(p, FewShot):
-            score = few_shot(p, bank["embedding"], bank["label"], test["embedding"], test["label"], seed)
-            found[name] = {"accuracy": score.value, "low": score.low, "high": score.high, **asdict(p)}
+            right = few_shot_right(p, bank["embedding"], bank["label"], test["embedding"], test["label"], seed)
+            _, low, high = over_draws(right)
+            found[name] = {**_scored(right.double().mean(0)), "low": low, "high": high, **asdict(p)}
     trained = {name: p for name, p in protocols.items() if isinstance(p, Linear)}
     found |= _train(trained, bank, test, classes, seed, drawn)
     for name, p in protocols.items():
@@ -132,25 +138,30 @@ def measure(
     return {name: found[name] for name in protocols}
 
 
+def _scored(right: Tensor) -> dict[str, Any]:
+    return {"accuracy": float(right.double().mean()), "right": right.tolist()}
+
+
 def _vote(p: Knn, bank: Rows, test: Rows) -> dict[str, Any]:
-    scores = knn_accuracies(bank["embedding"], bank["label"], test["embedding"], test["label"], p.neighbours, p.temperature)
+    rights = knn_rights(bank["embedding"], bank["label"], test["embedding"], test["label"], p.neighbours, p.temperature)
+    scores = {k: float(right.double().mean()) for k, right in rights.items()}
     best = max(scores, key=scores.__getitem__)
     more = {"all": [{"neighbours": k, "accuracy": score} for k, score in scores.items()]} if len(scores) > 1 else {}
-    return {"accuracy": scores[best], "neighbours": best, "temperature": p.temperature, **more}
+    return {**_scored(rights[best]), "neighbours": best, "temperature": p.temperature, **more}
 
 
 def _regress(p: Logistic, bank: Rows, test: Rows, classes: int, held: Tensor) -> dict[str, Any]:
     x, y = bank["embedding"], bank["label"]
 
-    def score(fitted: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) -> float:
-        return float((F.linear(features.double(), *fitted).argmax(1) == labels).double().mean())
+    def right(fitted: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) -> Tensor:
+        return F.linear(features.double(), *fitted).argmax(1) == labels
 
     strengths = tuple(sorted(p.l2, reverse=True))
     path = logistic_path(x[~held], y[~held], classes, strengths)
-    rows = [{"l2": l2, "held_out": score(fitted, x[held], y[held])} for l2, fitted in zip(strengths, path)]
+    rows = [{"l2": l2, "held_out": float(right(one, x[held], y[held]).double().mean())} for l2, one in zip(strengths, path)]
     best = max(rows, key=lambda row: row["held_out"])
     (fitted,) = logistic_path(x, y, classes, (best["l2"],))  # now with the samples that were held out
-    return {"accuracy": score(fitted, test["embedding"], test["label"]), **best, "all": rows}
+    return {**_scored(right(fitted, test["embedding"], test["label"])), **best, "all": rows}
 
 
 def _train(
@@ -177,14 +188,16 @@ def _train(
 
 def _report(p: Linear, heads: Heads, bank: Rows, test: Rows, held: Tensor, views: bool) -> dict[str, Any]:
     rows = [{"lr": lr, "weight_decay": decay} for lr, decay in heads.settings]
-    for row, accuracy in zip(rows, heads.accuracies(_features(p, test), test["label"])):
+    right = heads.right(_features(p, test), test["label"])
+    for row, accuracy in zip(rows, right.double().mean(0).tolist()):
         row["accuracy"] = accuracy
     best, more = rows[0], {}
     if len(rows) > 1:  # the test set has no say in the choice
         for row, accuracy in zip(rows, heads.accuracies(_features(p, bank)[held], bank["label"][held])):
             row["held_out"] = accuracy
         best, more = max(rows, key=lambda row: row["held_out"]), {"all": rows}
-    return {**best, "epochs": p.epochs, "batch": p.batch, "augment": p.augment and views, **more}
+    told = {"epochs": p.epochs, "batch": p.batch, "augment": p.augment and views}
+    return {**best, "right": right[:, rows.index(best)].tolist(), **told, **more}
 
 
 def _features(p: Linear, rows: Rows) -> Tensor:

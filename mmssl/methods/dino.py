@@ -6,7 +6,8 @@ import math
 
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
-from mmssl.methods.method import Above0, AtLeast1, AtLeast2, Natural, Normal
+from mmssl.methods.method import Above0, AtLeast1, AtLeast2, Natural
+from mmssl.methods.normal import DISTILLED
 from mmssl.model.encoder import Encoder
 from mmssl.parts import Center, DinoHead, Network, Teacher
 from mmssl.schedules import Schedule, cosine, linear
@@ -20,10 +21,7 @@ class DINO(JointEmbedding):
 
     paper, coverage = "arXiv:2104.14294", (10,)
     crops, exports = True, "teacher"
-    normal = (
-        Normal("target_use", 0.1, "collapsed: one output takes all samples; is method.center_momentum below 1?"),
-        Normal("target_entropy", 0.0, "", 0.995, "collapsed: targets are uniform; lower method.teacher_temperature"),
-    )
+    normal = DISTILLED
 
     def __init__(
         self,

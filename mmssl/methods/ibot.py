@@ -12,11 +12,14 @@ from torch import Tensor
 from mmssl import losses
 from mmssl.methods.families import JointEmbedding
 from mmssl.methods.method import Above0, AtLeast1, AtLeast2, Natural, Normal
+from mmssl.methods.normal import DISTILLED
 from mmssl.model.encoder import Encoder
 from mmssl.model.mask_token import MaskToken
 from mmssl.parts import Center, DinoHead, Network, Teacher
 from mmssl.schedules import Schedule, cosine, linear
 from mmssl.types import Batch, Clock, Encoded, StepOutput
+
+PATCHES = "collapsed: targets of patches are uniform; lower method.patch_temperature"
 
 
 class IBOT(JointEmbedding):
@@ -28,9 +31,8 @@ class IBOT(JointEmbedding):
     family, modalities, exports = "masked", ("vision",), "teacher"
     masks = crops = True
     normal = (
-        Normal("target_use", 0.1, "collapsed: one output takes all samples; is method.center_momentum below 1?"),
-        Normal("target_entropy", 0.0, "", 0.995, "collapsed: targets are uniform; lower method.teacher_temperature"),
-        Normal("patch_entropy", 0.0, "", 0.995, "collapsed: targets of patches are uniform; lower method.patch_temperature"),
+        *DISTILLED,
+        Normal("patch_entropy", 0.0, "", 0.995, PATCHES, after=1000),
     )
 
     def __init__(

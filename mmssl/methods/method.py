@@ -52,6 +52,7 @@ class Method(nn.Module):
     alone: ClassVar[bool] = True  # whether it teaches anything without another method beside it
     exports: ClassVar[Literal["student", "teacher"]] = "student"  # what the paper uses downstream
 
+    smallest: float = math.inf  # samples of a micro-batch of all ranks, once a run has said so
     normal: ClassVar[tuple[Normal, ...]] = ()  # what differs from the classes it extends, and from `NORMAL`
 
     student: Network
@@ -99,7 +100,8 @@ class Method(nn.Module):
         """
         step, dim = line.get("step", math.inf), self.student.encoder.dim
         each = ((f"health/{normal.metric}", normal) for normal in self.normals())
-        told = (normal.told(line[m], first.get(m), step, dim) for m, normal in each if line.get(m) is not None)
+        known = ((line[m], first.get(m), normal) for m, normal in each if line.get(m) is not None)
+        told = (normal.told(value, before, step, dim, self.smallest) for value, before, normal in known)
         return [said for said in told if said]
 
     def guards(self) -> tuple[Guard, ...]:

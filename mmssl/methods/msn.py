@@ -28,7 +28,7 @@ class MSN(JointEmbedding):
     family, modalities, exports = "masked", ("vision",), "teacher"
     masks = drops = crops = True
     normal = (
-        Normal("prototype_use", 0.1, "collapsed: one prototype, or a few, takes all; raise method.me_max"),
+        Normal("prototype_use", 0.1, "collapsed: one prototype, or a few, takes all; raise method.me_max", samples=8),
         Normal("prediction_entropy", 0.0, "", 0.995, "collapsed: assignments are uniform; lower method.sharpen"),
     )
 

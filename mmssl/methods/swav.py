@@ -22,7 +22,7 @@ class SwAV(JointEmbedding):
     paper, coverage = "arXiv:2006.09882", (14, 15)
     crops = True
     normal = (
-        Normal("code_use", 0.1, "collapsed: one prototype, or a few, takes all"),
+        Normal("code_use", 0.1, "collapsed: one prototype, or a few, takes all", samples=8),
         Normal("prediction_entropy", 0.0, "", 0.995, "predictions are uniform: freeze prototypes longer or lower method.eps"),
     )
 

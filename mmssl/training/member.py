@@ -43,7 +43,7 @@ class Member:
         source = open_source(recipe.data, self.kind, recipe.data.split)._replace(paired=recipe.paired)
         self.survey = survey(recipe, args, self.kind, self.views, source)
         self.source = self.survey.source
-        check_method(recipe, self.source, self.views, alone=not name)
+        self.smallest = check_method(recipe, self.source, self.views, alone=not name)
         self.epoch_steps = steps_per_epoch(recipe, self.source, self.views)
 
     def learn(self, method: Method, folder: RunFolder, resume: bool, scale: float = 1.0, balanced: bool = False) -> Objective:
@@ -56,6 +56,8 @@ class Member:
         """
         recipe = self.recipe
         self.method = method
+        for _, one in method.methods():
+            one.smallest = self.smallest
         self.quarantine = quarantine = Quarantine(folder.quarantine, recipe.data.max_bad, recipe.data.min_bad)
         if folder.is_main and not resume:  # each rank has surveyed the same samples, and a checkpoint has counted them
             self.survey.rejected.hand_over(quarantine)

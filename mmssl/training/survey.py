@@ -85,11 +85,13 @@ def as_recipe_error(block: str, make: Callable[[], T]) -> T:
         raise RecipeError(keyed(block, error)) from None
 
 
-def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = True) -> None:
-    """Whether the method can learn from these data in such batches, found without memory. Raises: RecipeError.
+def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = True) -> int:
+    """Whether the method can learn from these data in such batches, found without memory.
 
     Args:
         alone: whether these are all data of the run; otherwise it has no passes, as data sets are of unlike length.
+    Returns: samples of the smallest micro-batch of all ranks.
+    Raises: RecipeError.
     """
     if alone and recipe.paired:
         raise RecipeError(
@@ -120,6 +122,7 @@ def check_method(recipe: Recipe, source: Source, views: Views, alone: bool = Tru
             )
     for note in notes if rank() == 0 else []:
         print(f"mmssl: note: {note}.", file=sys.stderr)
+    return min(sizes)
 
 
 def never_begun(method: Method, steps: int, epoch_steps: int) -> list[str]:

@@ -4,6 +4,7 @@ from mmssl.registry import Modality
 from modalities.speech.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.speech.features import SpeechFeatures
 from modalities.speech.picture import sketch
+from modalities.speech.pretext import PRETEXTS
 from modalities.speech.processor import plain_views, processor, stated
 from modalities.speech.views import SpeechViews
 
@@ -64,4 +65,5 @@ MODALITY = Modality(
     sketch=sketch,
     sizes=sizes,
     published="modalities.speech.published",
+    pretexts=PRETEXTS,
 )

@@ -9,6 +9,7 @@ from modalities.speech.data import COLUMNS, RATE, SUFFIXES, decode, prepare, raw
 from modalities.speech.mel_features import MelFeatures
 from modalities.speech.mel_views import MelViews
 from modalities.speech.picture import draw, sketch
+from modalities.speech.pretext import PRETEXTS
 
 # Of AudioSet: the published -4.27 and 4.57 (arXiv:2207.06405) are for a full scale of 1, Kaldi's is 2^15: 2 ln 2^15 more.
 # The standard deviation is doubled, as in the authors' code.
@@ -94,4 +95,5 @@ MODALITY = Modality(
     tune="modalities.speech.tune",
     sketch=sketch,
     sizes=sizes,
+    pretexts=PRETEXTS,
 )

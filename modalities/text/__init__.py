@@ -4,6 +4,7 @@ from mmssl.registry import Modality
 from modalities.text.data import COLUMNS, SUFFIXES, decode, prepare, raw, sizes
 from modalities.text.features import TextFeatures
 from modalities.text.picture import draw, sketch
+from modalities.text.pretext import PRETEXTS
 from modalities.text.processor import plain_views, processor, stated
 from modalities.text.views import TextViews, configure
 
@@ -75,4 +76,5 @@ MODALITY = Modality(
     sketch=sketch,
     sizes=sizes,
     published="modalities.text.published",
+    pretexts=PRETEXTS,
 )

@@ -4,7 +4,9 @@ from mmssl.registry import Modality
 from modalities.vision.data import COLUMNS, SUFFIXES, decode, raw, sizes
 from modalities.vision.features import PatchFeatures
 from modalities.vision.picture import draw, sketch
+from modalities.vision.pretext import PRETEXTS
 from modalities.vision.processor import plain_views, processor, stated
+from modalities.vision.segments import segments
 from modalities.vision.views import ImageViews
 
 DEFAULTS = {
@@ -96,4 +98,6 @@ MODALITY = Modality(
     sketch=sketch,
     sizes=sizes,
     published="modalities.vision.published",
+    pretexts=PRETEXTS,
+    segments=segments,
 )

@@ -38,6 +38,15 @@ def decode(value: Any) -> Image.Image:
         return _rgb(_loaded(image))
 
 
+def numbers(value: Any) -> Image.Image:
+    """The class numbers of pixels that a mask holds, in grey or as a palette. Raises: Rejected."""
+    with _opened(value) as image:
+        loaded = _loaded(image)
+    if loaded.mode not in ("1", "L", "P", "I", "I;16"):
+        raise Rejected("wrong_type", f"a mask of mode {loaded.mode}; pixels must be class numbers, in grey or as a palette")
+    return Image.fromarray(np.asarray(loaded).astype(np.int32))
+
+
 def sizes(sample: Image.Image) -> dict[str, float]:
     """Width and height in pixels."""
     return {"width": sample.width, "height": sample.height}

@@ -12,6 +12,7 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate.compare import compare, same_samples, sentence
 from mmssl.evaluate.intervals import interval, paired, resampled
 from mmssl.evaluate.linear import linear_right
+from mmssl.evaluate.probe import probe
 from mmssl.hub.export import load_encoder
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.modeling import MmsslModel
@@ -112,6 +113,27 @@ def test_models_of_different_width_are_compared(image_folder, tmp_path, capsys):
     assert compare([a, run], str(image_folder), neighbours=5) == found
 
 
+def test_protocols_take_the_place_of_the_linear_probe(image_folder, tmp_path, capsys):
+    a, b = saved(tmp_path / "a"), saved(tmp_path / "b", 1, hidden_size=12)
+    words = ["compare", a, b, f"data={image_folder}", "neighbours=5", "protocol=few-1,moco,grid", "epochs=2", "metrics=false"]
+    assert main([*words, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in (a, b):
+        alone = probe(name, str(image_folder), protocol="few-1,moco,grid", epochs=2, neighbours=5)["model"]
+        told = {one: found["models"][name][one]["value"] for one in ("few-1", "moco", "grid", "knn")}
+        assert told == pytest.approx({one: p["accuracy"] for one, p in alone["protocols"].items()} | {"knn": alone["knn"]})
+    assert {*found["pairs"][0]} == {"first", "second", "few-1", "moco", "grid", "knn"}
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[4:8]] == ["k-NN", "few-1", "moco", "grid"]
+    assert "linear" not in out
+    for options, said in (({"protocol": "dense"}, "dense stands alone"), ({"epochs": 2}, "belong to a protocol")):
+        with pytest.raises(RecipeError, match=said):
+            compare([a, b], str(image_folder), **options)
+    with pytest.raises(RecipeError, match="has no labels"):
+        compare([a, b], str(image_folder / "train" / "dark"), protocol="moco")
+
+
 def test_a_model_beside_itself_differs_by_nothing(image_folder, tmp_path):
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b")
     found = compare([a, b], str(image_folder), metrics=False)
@@ -147,7 +169,7 @@ def test_what_cannot_be_compared_is_refused_by_name(image_folder, tmp_path, caps
     network.encoder.transformer.blocks[-1].mlp.fc2.weight.data.fill_(float("nan"))
     network.save_pretrained(lost)
     with pytest.raises(RecipeError, match=rf"{lost}: its embeddings .* are not finite"):
-        compare([a, lost], str(image_folder), metrics=False)
+        compare([a, lost], str(image_folder))
 
 
 def test_training_samples_of_one_class_are_refused(tmp_path, image_folder):

@@ -37,6 +37,10 @@ def test_effective_rank_counts_directions_of_variance():
     assert collapse.rankme(torch.full((10, 3), 7.0)) == pytest.approx(1, abs=1e-4)  # which takes the offset for a direction
 
 
+def test_the_spread_of_a_dimension_is_that_of_numpy():
+    assert collapse.dimension_std(t(BASE)) == pytest.approx(BASE.std(0, ddof=1).mean(), rel=1e-12)
+
+
 def test_lidar_is_by_hand():
     x = np.stack([FIRST, SECOND], 1)
     means = x.mean(1)
@@ -103,6 +107,43 @@ def test_tolerance_and_retrieval_leave_unknown_labels_out():
     assert math.isnan(agreement.tolerance(t(BASE), nobody))
     assert math.isnan(agreement.retrieval(t(BASE), nobody))
     assert math.isnan(agreement.retrieval(t(BASE), torch.full((40,), -1)))
+
+
+def fired(x, share):
+    """(N, 2 D) bool: units above the threshold that a share of all inputs, (N, q, D), reaches; and the share of all."""
+    both = np.concatenate([x, -x], 2)
+    flat = np.sort(both.reshape(-1, both.shape[2]), 0)[::-1]
+    seen = both >= flat[max(1, round(share * len(flat))) - 1]
+    return seen, seen.mean((0, 1))
+
+
+def test_invariance_is_by_hand():
+    seen, overall = fired(np.stack([BASE, FIRST, SECOND], 1), 0.1)
+    scores = []
+    for unit in range(12):
+        own = [seen[i, 1:, unit].mean() for i in range(40) if seen[i, 0, unit]]
+        scores.append((np.mean(own) if own else 0.0) / overall[unit])
+    wanted = np.mean(sorted(scores)[-4:])
+    assert agreement.invariance(t(BASE), t(np.stack([FIRST, SECOND], 1)), 0.1, 4) == pytest.approx(wanted, rel=1e-9)
+    assert wanted > 2
+    random = t(DRAW.standard_normal((4000, 1, 6)))
+    assert agreement.invariance(t(DRAW.standard_normal((4000, 6))), random, 0.1, 12) == pytest.approx(1, abs=0.2)
+    assert agreement.invariance(t(BASE), t(BASE[:, None])) > 20
+
+
+def test_invariance_to_what_differs_within_a_class_is_by_hand():
+    known = LABELS >= 0
+    rows, labels = BASE[known], LABELS[known]
+    seen, overall = fired(rows[:, None], 0.1)
+    scores = []
+    for unit in range(12):
+        firing = seen[:, 0, unit]
+        others = [firing[(labels == labels[i]) & (np.arange(len(rows)) != i)].mean() for i in np.flatnonzero(firing)]
+        scores.append(np.mean(others) / overall[unit])
+    wanted = np.mean(sorted(scores)[-4:])
+    assert agreement.class_invariance(t(BASE), t(LABELS), 0.1, 4) == pytest.approx(wanted, rel=1e-9)
+    assert math.isnan(agreement.class_invariance(t(BASE), torch.full((40,), -1)))
+    assert math.isnan(agreement.class_invariance(t(BASE), torch.arange(40)))
 
 
 def test_clusters_of_apart_classes_are_the_classes():

@@ -250,6 +250,7 @@ def test_metrics_without_a_classifier_are_told_of_each_network(tiny_model, image
     assert {name: mine[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert mine["alignment"] > 0
     assert 1 <= mine["lidar"] <= 24
+    assert {"rotation", "order", "invariance"} <= {*mine}
     assert found["random"]["metrics"].keys() == mine.keys()
     assert main(["probe", *words]) == 0
     assert "effective rank" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from sklearn.neighbors import NearestCentroid
 from torch.testing import assert_close
@@ -16,10 +17,12 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate.attentive import Attentive, AttentivePool, attentive_accuracy
 from mmssl.evaluate.features import _as_long, rank_in_class
 from mmssl.evaluate.fewshot import FewShot, few_shot
+from mmssl.evaluate.layers import projector_of
 from mmssl.evaluate.linear import linear_accuracy
 from mmssl.evaluate.probe import probe, runner
 from mmssl.evaluate.protocols import choose, measure
 from mmssl.model.configuration import MmsslConfig
+from mmssl.model.heads import mlp
 from mmssl.model.modeling import MmsslModel
 from mmssl.random import generator
 from mmssl.training.pretrain import pretrain
@@ -141,8 +144,13 @@ def test_every_block_and_the_projector_of_a_run_are_probed(image_folder, tmp_pat
     ]
     assert main([*words, "epochs=2", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [*found["model"]["layers"]] == ["1", "2", "projector"]
+    assert [*found["model"]["layers"]] == ["1", "2", "projector.1", "projector"]
     assert [*found["random"]["layers"]] == ["1", "2"]
+    project, h = projector_of(run / "model"), torch.randn(3, 16, generator=generator(5))
+    saved = load_file(run / "heads" / "heads.safetensors")
+    head = mlp(16, 12, 4, bias=False, last_norm="scale").eval()
+    head.load_state_dict({n.removeprefix("student.projector."): t for n, t in saved.items() if "student.projector." in n})
+    assert_close(project(h), {"projector.1": head[:3](h), "projector": head(h)})
     scores = [score for layer in found["model"]["layers"].values() for score in layer.values()]
     assert all(0 <= score <= 1 for score in scores)
     assert found["model"]["protocols"]["few-1"]["low"] <= found["model"]["protocols"]["few-1"]["accuracy"]

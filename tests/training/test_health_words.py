@@ -120,7 +120,7 @@ def test_one_prototype_that_takes_all_is_named(name, part, recipe, trained):
     assert all("takes all" in said and f"({part} " in said for said in verdicts), verdicts
 
 
-@pytest.mark.parametrize("name", ["simclr", "mae", "msn"])  # as of the others, see test_ablations.py
+@pytest.mark.parametrize("name", ["simclr", "mae", "msn", "dino"])  # more of them: python -m tools.soak only=health
 def test_healthy_runs_raise_no_alarm(name, recipe, trained):
     lines = told(trained(recipe(name, "train.log_every=5", "optim.lr=1e-3")))
     assert {line["verdict"] for line in lines} == {"healthy"}
@@ -142,6 +142,11 @@ def test_what_begins_small_is_judged_by_how_it_began():
     assert normal.told(0.0001, 0.0001, 10, 8) == "small in 8 (x_std 0.0001, normal above 0.1)"
     assert normal.told(0.05, None, 10, 8) == "small in 8 (x_std 0.05, normal above 0.1)"
     assert normal._replace(by=10).told(0.05, 0.05, 10, 8) == "small in 8 (x_std 0.05, normal above 0.1, 0.05 at the start)"
+    assert normal._replace(by=20, drops=False).told(0.002, 0.05, 19, 8) is None
+    assert normal._replace(by=20, drops=False).told(0.002, 0.05, 20, 8) is not None
+    assert normal._replace(by=20, drops=False).told(0.0001, 0.05, 10, 8) is not None
+    assert normal._replace(samples=8).told(0.0, 0.05, 10, 8, samples=7) is None
+    assert normal._replace(samples=8).told(0.0, 0.05, 10, 8, samples=8) is not None
     assert normal._replace(after=11).told(0.0, None, 10, 8) is None
     assert normal.told(math.nan, 0.05, 10, 8) == "small in 8 (x_std nan, normal above 0.1, 0.05 at the start)"
 
@@ -173,6 +178,13 @@ def test_ranks_agree_on_the_mean_of_those_that_have_enough_outputs(tmp_path):
     wanted = {f"health/a.{name}": value for name, value in a.items()}
     wanted |= {f"health/b.{name}": (b[0][name] + b[1][name]) / 2 for name in a}
     assert first == pytest.approx(wanted, rel=1e-6)
+
+
+def test_few_samples_say_little_of_dimensions(recipe, trained):
+    """Of two samples every projection lies on a line."""
+    lines = told(trained(recipe("simclr", "train.steps=10", "train.global_batch=2")))
+    assert lines[0]["health/dimensions"] < 1.2
+    assert lines[0]["verdict"] == "healthy"
 
 
 def test_a_method_declares_only_what_differs():

@@ -14,6 +14,7 @@ NAMES = {
     "step": "a training step of MAE, wav2vec 2.0 or masked language modelling against transformers: time and memory",
     "joint": "a step of SimCLR, BYOL, VICReg, Barlow Twins, SwAV or DINO, or its loss alone, against lightly",
     "views": "photos to two views by SimCLR's policy, images a second of one core, against lightly or torchvision",
+    "watch": "updates with online watching at the default interval against updates without",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
 

@@ -1,8 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
-python -m tools.soak [only=engines,kills,ranks,files,recipes,disk,export] [engines=ddp,zero1,zero2,zero3]
-                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...]
-                     [ranks=10] [under=ddp,zero2] [files=200] [recipes=500] [disk=20] [export=methods] [seed=0] [write=true]
+python -m tools.soak [only=engines,kills,ranks,files,recipes,disk,health,export] [engines=ddp,zero1,zero2,zero3]
+                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [under=ddp,zero2]
+                     [files=200] [recipes=500] [disk=20] [health=60] [export=methods] [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
 a teacher. Exit status 1 if anything was wrong.
@@ -24,7 +24,7 @@ DOCS = Path("docs/reliability.md")
 BEGIN, END = "<!-- soak: written by `make soak` -->", "<!-- end -->"
 DEFAULTS = {
     **{
-        "only": "engines,kills,ranks,files,recipes,disk,export",
+        "only": "engines,kills,ranks,files,recipes,disk,health,export",
         "engines": "ddp,zero1,zero2,zero3",
         "methods": "",
         "precision": "fp32,bf16",
@@ -38,6 +38,7 @@ DEFAULTS = {
         "recipes": "500",
         "disk": "20",
         "export": "methods",
+        "health": "60",
         "seed": "0",
         "write": "true",
     },
@@ -87,6 +88,15 @@ def disk(given: dict[str, str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         runs.prepare(Path(folder))
         return [disk.campaign(Path(folder), int(given["disk"]), int(given["seed"]))]
+
+
+def health(given: dict[str, str]) -> list[Row]:
+    """Healthy runs."""
+    from tools.soak import health, runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs.prepare(Path(folder))
+        return [health.campaign(Path(folder), int(given["health"]))]
 
 
 def files(given: dict[str, str]) -> list[Row]:
@@ -152,6 +162,7 @@ def main() -> None:
             "files": files,
             "recipes": recipes,
             "disk": disk,
+            "health": health,
             "export": export,
         }[part](given)
         for row in rows:
