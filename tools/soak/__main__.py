@@ -1,8 +1,8 @@
 """make soak: faults on purpose, and whether anything was lost. Prints a table and keeps it in docs/reliability.md.
 
 python -m tools.soak [only=engines,kills,ranks,files,recipes,disk,health,export] [engines=ddp,zero1,zero2,zero3]
-                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10] [under=ddp,zero2]
-                     [files=200] [recipes=500] [disk=20] [health=60] [export=methods] [seed=0] [write=true]
+                     [methods=data2vec2,dino,...] [precision=fp32,bf16] [kills=100] [settings=1,2,...] [ranks=10]
+                     [under=ddp,zero2] [files=200] [recipes=500] [disk=20] [health=60] [export=methods] [seed=0] [write=true]
 
 settings: numbers of those in tools/soak/runs.py; methods: of those in tools/soak/engines.py; all if unset, in bf16 those with
 a teacher. Exit status 1 if anything was wrong.
