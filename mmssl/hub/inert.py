@@ -75,7 +75,11 @@ class Stored:
 class Reader(pickle._Unpickler):
     """Pickle's machine, in Python, whose calls are all answered by `_make`."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    append: Callable[[Any], None]
+    readline: Callable[[], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: D102
         return Global(f"{module}.{name}")
