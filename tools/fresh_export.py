@@ -42,8 +42,8 @@ SHORT += ("watch.pictures=false", "watch.change=false", "train.device=cpu", "tra
 ALONE = ("data.workers=0", "data.limit=64")
 OWN = {  # method -> overrides: fewer clusters than there are samples
     "deepcluster": ("method.clusters=8", "method.pca=8"),
-    "deepcluster_v2": ("method.clusters=[8]",),
-    "sela_v2": ("method.clusters=8",),
+    "deepcluster_v2": ("method.prototypes=8",),
+    "sela_v2": ("method.prototypes=8",),
     "hubert": ("method.units=8", "method.units_again=8", "method.again=[]"),
 }
 
@@ -140,7 +140,9 @@ def features(member: Member, view: View) -> tuple[Tensor, int]:
     if recommended(member.recipe) == "student":
         encoded = student(view)
     else:
-        encoded = method.teacher.encode(view, student.features(view.x) if method.teacher.shares else None)
+        teacher = method.teacher
+        encoder = teacher.encoder.eval()  # its batch normalisation, too, which took the statistics of batches in training
+        encoded = teacher.encode(view, student.features(view.x)) if teacher.shares else encoder(view)
     extra = getattr(getattr(student, "transformer", None), "extra_tokens", 0)
     return torch.cat([encoded.cls, encoded.tokens[0]]) if extra else encoded.tokens[0], extra
 

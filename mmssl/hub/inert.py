@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmssl.errors import RecipeError
 
+MACHINE: Any = pickle._Unpickler  # the one in Python: that in C lets nobody override what an instruction does
 LARGEST = 64 << 20  # bytes that describe a file's objects; those of tensors lie elsewhere in it
 DTYPES = {
     **{"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16},
@@ -72,14 +73,10 @@ class Stored:
     stride: tuple[int, ...]
 
 
-class Reader(pickle._Unpickler):
-    """Pickle's machine, in Python, whose calls are all answered by `_make`."""
+class Reader(MACHINE):
+    """Pickle's machine, whose calls are all answered by `_make`."""
 
-    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)
-    stack: list[Any]
-    append: Callable[[Any], None]
-    readline: Callable[[], bytes]
-    pop_mark: Callable[[], list[Any]]
+    dispatch = dict(MACHINE.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: D102
         return Global(f"{module}.{name}")
