@@ -219,7 +219,7 @@ class WatchOptions(Options):
     path: str | None = Field(None, description="Labelled data for the probes; data.path if unset.")
     train: str = Field("train", description="Split whose samples are the memory of the probes.")
     test: str = Field("test", description="Split that is classified; a tenth of `train` is held out if it does not exist.")
-    samples: int = Field(5000, ge=20, description="At most this many samples of each split.")
+    samples: int = Field(2000, ge=20, description="At most this many samples of each split.")
     neighbours: int = Field(20, ge=1)
     linear: bool = Field(True, description="Train a linear classifier on detached features along with the model.")
     pictures: bool = Field(

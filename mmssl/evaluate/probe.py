@@ -29,6 +29,7 @@ from mmssl.model.released import load_encoder, modality_of
 from mmssl.types import Batch, View
 
 MOVED = ("embedding", "cls", "tokens", "attend", "label", "index")  # rows that classifiers learn from
+SAMPLES = 5000  # of each split at most, more than a run takes in between
 TOKEN_BYTES = 8 << 30  # of tokens that are held at once
 
 
@@ -45,7 +46,8 @@ def open_data(
     """
     kind = modality_of(model, options.pop("modality", None))
     try:
-        watch = WatchOptions(**{name: value for name, value in options.items() if name not in ("column", "label", "root")})
+        own = {name: value for name, value in options.items() if name not in ("column", "label", "root")}
+        watch = WatchOptions(**{"samples": SAMPLES, **own})
     except ValidationError as error:
         raise RecipeError("; ".join(explain(issue, WatchOptions) for issue in error.errors())) from None
     where = DataOptions(
@@ -320,7 +322,7 @@ def _dense(
     model: str | Path, data: str, random: bool, seed: int, wrong: list[str], options: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
     """`probe` of patches. wrong: options that were given and do not apply."""
-    known = {"train": "train", "test": "test", "samples": 5000, "modality": None, "member": None}
+    known = {"train": "train", "test": "test", "samples": SAMPLES, "modality": None, "member": None}
     if wrong := [*wrong, *(name for name in options if name not in (*known, "neighbours"))]:  # which always has a value
         raise RecipeError(f"{wrong[0]}: does not apply to protocol=dense, whose labels are masks; leave it out.")
     train, test, samples, modality, member = (options.get(name, default) for name, default in known.items())
