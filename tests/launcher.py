@@ -8,12 +8,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import mmssl.training.pretrain  # noqa: F401
 from mmssl.cli import main
 from mmssl.training.trainer import SelfSupervisedTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def befall(rank: int, step: int, fault: str) -> None:
@@ -65,6 +68,19 @@ def trial(ranks: int, code: str, words: list[str], said: Path) -> int:
         return watch({start(rank, port, ranks, code, words) for rank in range(ranks)})
     finally:
         os.dup2(terminal, 2)
+
+
+def befallen(recipe: Path, folder: Path, trials: dict[str, tuple]) -> tuple[dict[str, int], dict[str, str]]:
+    """Runs in `folder/NAME`: name -> (ranks, code that each rank runs first, more words). One process imports, for all of them.
+
+    Returns: exit status, and what was said, of each.
+    """
+    words = lambda name, more: ["pretrain", str(recipe), f"out={folder / name}", *more]  # noqa: E731
+    listed = json.dumps([[name, ranks, code, *words(name, more)] for name, (ranks, code, *more) in trials.items()])
+    command = [sys.executable, "-m", "tests.launcher", str(folder), listed]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), {name: (folder / f"{name}.txt").read_text() for name in trials}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mmssl.training import checkpoint, signals
 from mmssl.training.pretrain import prepare, pretrain
 from mmssl.training.run_folder import RunFolder
 from mmssl.training.trackers import following
+from tests.launcher import befallen
 
 ROOT = Path(__file__).resolve().parents[2]
 PASS, STEPS = 4, 10  # updates of a pass over 32 images, and of a run
@@ -58,19 +59,6 @@ def state(run: Path) -> dict:
 def newest(run: Path) -> int | None:
     path = checkpoint.find(run / "checkpoints")[0]
     return None if path is None else checkpoint.step_of(path)
-
-
-def befallen(recipe: Path, folder: Path, trials: dict[str, tuple]) -> tuple[dict[str, int], dict[str, str]]:
-    """Runs in `folder/NAME`: name -> (ranks, code that each rank runs first, more words); see `tests/launcher.py`.
-
-    Returns: exit status, and what was said, of each.
-    """
-    words = lambda name, more: ["pretrain", str(recipe), f"out={folder / name}", *more]  # noqa: E731
-    listed = json.dumps([[name, ranks, code, *words(name, more)] for name, (ranks, code, *more) in trials.items()])
-    command = [sys.executable, "-m", "tests.launcher", str(folder), listed]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), {name: (folder / f"{name}.txt").read_text() for name in trials}
 
 
 def resumed(recipe: Path, run: Path) -> dict[int, float]:

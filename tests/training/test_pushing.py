@@ -5,13 +5,17 @@ import threading
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load, load_file
+from transformers import AutoModel, ViTConfig
 
 from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.hub import push as pushing
 from mmssl.training import pushing as training_pushing
 from mmssl.training.pretrain import prepare, pretrain
+from tests.launcher import ROOT, befallen
 from tests.test_push import REPO, TOKEN, hub  # noqa: F401  # a fixture
 
 FAST = ("watch.every=0", "watch.change=false", "watch.linear=false", "watch.pictures=false", "save.every=1")
@@ -144,3 +148,41 @@ def test_what_cannot_be_written_is_refused_before_anything_is(hub, recipe, tmp_p
     with pytest.raises(RecipeError, match=r"hub.repo: There is no token for the Hub"):
         pretrain(recipe())
     assert not out.exists()
+
+
+@pytest.mark.distributed
+def test_of_two_ranks_one_pushes_what_both_learned(hub, image_folder, tmp_path, monkeypatch):  # noqa: F811
+    """With low-rank updates of a released model, under DDP and where ranks share the teacher's and the optimizer's parts."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    AutoModel.from_config(ViTConfig(**shape, image_size=16, patch_size=4)).save_pretrained(tmp_path / "released")
+    given = {
+        "data": {"path": str(image_folder), "workers": 0, "modality": "vision"},
+        "model": {"init": str(tmp_path / "released"), "lora": {"rank": 4}},
+        "method": {"name": "data2vec2", "top_k": 2, "momentum": 0.5, "decoder": {"dim": 16, "groups": 4, "layers": 1}},
+        "views": {"mask": {"ratio": 0.75, "copies": 2}},
+        "optim": {"lr": 1e-2},
+        "train": {"steps": 4, "global_batch": 8, "device": "cpu", "log_every": 1, "threads": 1},
+    }
+    recipe = tmp_path / "lora.yaml"
+    recipe.write_text(json.dumps(given))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    words = [word for word in FAST if not word.startswith("save")]
+    profile = ROOT / "recipes" / "accelerate" / "zero2_cpu.json"
+    engine = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(profile)}
+    zero2 = f"import os; del os.environ['ACCELERATE_USE_CPU']; os.environ |= {engine}"
+    trials = {
+        "one": (1, "", *words),
+        "ddp": (2, "", "hub.repo=lab/ddp", *words),
+        "zero2": (2, zero2, "hub.repo=lab/zero2", *words),
+    }
+    codes, said = befallen(recipe, tmp_path, trials)
+    assert set(codes.values()) == {0}, said
+    alone = load_file(tmp_path / "one" / "model" / "model.safetensors")
+    for name in ("ddp", "zero2"):
+        assert len(hub.repos[f"lab/{name}"]["commits"]) == 2  # the first one, empty, and the model of the end, once
+        sent = load(hub.files(f"lab/{name}")["model.safetensors"])
+        assert sent.keys() == alone.keys()
+        assert all(torch.allclose(sent[key], alone[key], rtol=0, atol=2e-4) for key in alone), name
+        assert TOKEN not in said[name]

@@ -71,6 +71,15 @@ views: {crops: [{count: 2, scale: [0.4, 1.0]}], mask: {ratio: 0.75, adjust: 0.1,
 """,
     0.01,
 )
+LOW_RANK = (  # goes on from a model of transformers
+    """\
+data: {path: FOLDER/pictures, modality: vision, workers: 0}
+model: {init: FOLDER/released, dropout: 0.0, lora: {rank: 4}}
+method: {name: data2vec2, top_k: 2, momentum: 0.5, decoder: {dim: 16, groups: 4, kernel: 3, layers: 2}}
+views: {mask: {ratio: 0.75, adjust: 0.1, width: 2, copies: 2}}
+""",
+    0.05,
+)
 REST = """\
 optim: {name: sgd, lr: RATE, weight_decay: 0.01, warmup: 2, clip: 1.0}
 train: {steps: 20, global_batch: 16, device: cpu, log_every: 1, threads: 1}
@@ -106,6 +115,7 @@ views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio:
     "three at once": COMBINED,
     "images and speech": JOINT,
     "pairs": PAIRS,
+    "low-rank updates": LOW_RANK,
 }
 
 
@@ -277,11 +287,20 @@ def say(run: Path, state: dict[str, Any]) -> Any:
 
 
 def write_samples(place: Path) -> None:
-    """Pictures of four coloured quarters, and tones of half a second. All differ, or batch norm would blow up rounding."""
+    """Pictures of four coloured quarters, and tones of half a second. All differ, or batch norm would blow up rounding.
+
+    And a small ViT, as if it had been released.
+    """
     import numpy as np
     import pyarrow.parquet
     import soundfile
+    import torch
     from PIL import Image
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(**shape, image_size=16, patch_size=4)).save_pretrained(place / "released")
 
     draw = np.random.default_rng(0)
     for name in ("pictures", "sounds"):
