@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mmssl.model import register
 from mmssl.model.backbone import Backbone
 from mmssl.model.configuration import MmsslConfig
+
+MODULES = 20_000  # of a backbone at most; ViT-g/14 has 700
 
 
 class Inputs(Protocol):
@@ -99,7 +103,7 @@ def configuration(
         zero_init=zero_init,
         **given,
     )
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"), torch.no_grad(), _few_modules():
         encoder = Backbone(_tried("options", lambda: AutoModel.from_config(inner)), config).eval()
         config.hidden_size = _tried("options", lambda: encoder.outputs(inputs.example())[1].shape[1])
     return config
@@ -158,6 +162,27 @@ def _tried(key: str, make: Any) -> Any:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"{key}: transformers refuses, {type(error).__name__}: {text}") from None
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Modules that are made meanwhile are counted, for a number of blocks that is a slip takes minutes even without memory.
+
+    Raises: ValueError.
+    """
+    count = 0
+
+    def counted(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MODULES:
+            raise ValueError(f"more than {MODULES} modules; is a number of layers a slip?")
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _nearest(found: str, names: Iterable[str]) -> str:

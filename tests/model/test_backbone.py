@@ -197,6 +197,7 @@ def refused(make, *overrides, **more):
         ("model.options.depth=[1]", "model.options.depth: resnet has no such option (did you mean depths?); allowed are "),
         ("model.options.num_channels=1", "model.options.num_channels: follows from"),
         ("model.options.depths=many", "model.options: transformers refuses, "),
+        ("model.options.depths=[9999999,1,1,1]", "model.options: transformers refuses, ValueError: more than 20000 modules"),
         ("model.options.layer_type=wide", "model.options: transformers refuses, "),
         ("model.patch_size=4", "model.patch_size: unknown key"),
         ("model.freeze_features=true", "model.freeze_features: unknown key"),
