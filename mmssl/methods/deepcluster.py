@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from mmssl import losses
@@ -54,6 +53,8 @@ class DeepCluster(JointEmbedding):
     @torch.no_grad()
     def on_epoch(self, clock: Clock, described: Tensor | None = None) -> None:
         """Cluster the whitened features of all samples, and begin a new classifier."""
+        from sklearn.metrics import normalized_mutual_info_score  # takes a second to import, of every start of every method
+
         super().on_epoch(clock)
         assert described is not None
         rows = F.normalize(pca_whiten(described, self.pca), dim=1)
