@@ -44,6 +44,16 @@ def test_t03_two_ranks_say_what_one_process_says():
 
 
 @pytest.mark.distributed
+def test_t03_under_autocast_zero3_rounds_as_ddp_does():
+    said = soaked("only=engines", "engines=ddp,zero3", "methods=data2vec2", "precision=bf16").splitlines()
+    assert [line.partition(": 2 ranks")[0] for line in said[:3]] == [
+        "engine: ddp, bf16",
+        "engine: zero3, bf16",
+        "engine: zero3 and ddp, bf16",
+    ]
+
+
+@pytest.mark.distributed
 def test_t08_images_and_speech_on_one_trunk_are_learned_alike_under_each_stage():
     """Each rank goes through all kinds of data in every micro-batch."""
     said = soaked("only=engines", "engines=zero1,zero2,zero3", "methods=images and speech", "precision=fp32").splitlines()
