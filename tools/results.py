@@ -96,7 +96,7 @@ TUNED = {
         "finetune/ctc",
         "longer-spectrogram-tera",
         "fsdd-strings",
-        ("train.epochs=12", "optim.lr=1e-3", "model.freeze_features=false", "views.speed=[]", "model.options.frames=400"),
+        ("train.epochs=36", "optim.lr=1e-3", "model.freeze_features=false", "views.speed=[]", "model.options.frames=400"),
         "cer",
     ),
 }
