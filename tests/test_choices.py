@@ -20,6 +20,7 @@ def test_ranks_are_correlated_and_the_loss_of_a_choice_is_told():
     assert judged(FOUND, "rankme", 1) == pytest.approx((wanted, 0.2))
     assert judged(FOUND, "loss", -1) == pytest.approx((wanted, 0.2))
     assert judged(FOUND, "lidar", 1) is None
+    assert judged([{**point, "order": 1.0} for point in FOUND], "order", 1) is None
     correlation, lost = judged(FOUND, "rankme", -1)
     assert math.isclose(correlation, -wanted)
     assert math.isclose(lost, 0.4)

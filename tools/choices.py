@@ -63,8 +63,11 @@ def lines(run: Path) -> Points:
 
 
 def judged(found: Points, metric: str, sign: int) -> tuple[float, float] | None:
-    """Rank correlation with k-NN accuracy, -1..1, and what choosing by the metric loses, 0..1; None if it was not measured."""
-    if not all(metric in point for point in found):
+    """Rank correlation with k-NN accuracy, -1..1, and what choosing by the metric loses, 0..1.
+
+    None if the metric was not measured or is always the same.
+    """
+    if not all(metric in point for point in found) or len({point[metric] for point in found}) < 2:
         return None
     values, knn = [sign * point[metric] for point in found], [point["knn"] for point in found]
     ranks: Any = spearmanr(values, knn)
