@@ -41,14 +41,21 @@ OPTIONS = {
     "root": (str, None, "folder that names in a table are relative to"),
     "member": (str, None, "whose encoder, of a model of several kinds of data"),
     "modality": (str, None, "kind of data, found by the model's input if unset"),
-    "group": (str, None, "column whose values, such as speakers, are left out one by one in a further linear probe"),
+    "group": (
+        str,
+        None,
+        "column whose values, such as speakers, are left out one by one in a linear probe: mean and worst",
+    ),
     "layers": (bool, False, "probe every block as well, and the projector if the model lies in its run folder"),
     "metrics": (bool, False, "label-free metrics of the training split and of random views of it, retrieval and clustering"),
     "json": (bool, False, "print JSON"),
 }
 
 
-NAMES = {"knn": "k-NN", "linear": "linear", "left_out": "left out", "miou": "mIoU", "pixels": "pixels"}
+NAMES = {
+    **{"knn": "k-NN", "linear": "linear", "left_out": "left out", "left_out_worst": "worst"},
+    **{"miou": "mIoU", "pixels": "pixels"},
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -90,7 +97,7 @@ def _accuracies(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Rows raw, random, model; columns k-NN, linear and, if measured, linear with a group left out. Then a row per protocol."""
+    """Rows raw, random, model; columns k-NN, linear and, if measured, linear on groups left out. Then a row per protocol."""
     names = {key: name for key, name in NAMES.items() if any(key in scores for scores in results.values())}
     rows = [f"{'':14}" + "".join(f"{name:>10}" for name in names.values())]
     for name, scores in results.items():

@@ -23,12 +23,17 @@ LAYER = "layer."  # before its number or name, among the rows of an embedded set
 
 
 def layer_scores(bank: Rows, test: Rows, neighbours: int) -> dict[str, dict[str, float]]:
-    """Number of the block, 1 first, or layer of the projector -> `knn` and `linear`, 0..1."""
-    found = {}
-    for name in (name for name in bank if name.startswith(LAYER)):
-        four = bank[name], bank["label"], test[name], test["label"]
-        found[name.removeprefix(LAYER)] = {"knn": knn_accuracy(*four, neighbours), "linear": linear_accuracy(*four)}
-    return found
+    """Number of the block, 1 first, or layer of the projector -> `knn` and `linear`, 0..1. `all`: the blocks side by side."""
+    names = [name for name in bank if name.startswith(LAYER)]
+    blocks = [name for name in names if name.removeprefix(LAYER).isdigit()]
+
+    def scores(these: list[str]) -> dict[str, float]:
+        own, other = (torch.cat([rows[name] for name in these], 1) for rows in (bank, test))
+        four = own, bank["label"], other, test["label"]
+        return {"knn": knn_accuracy(*four, neighbours), "linear": linear_accuracy(*four)}
+
+    found = {name.removeprefix(LAYER): scores([name]) for name in names}
+    return found | ({"all": scores(blocks)} if len(blocks) > 1 else {})
 
 
 def projector_of(place: str | Path) -> Callable[[Tensor], dict[str, Tensor]] | None:

@@ -211,10 +211,11 @@ def probe(
         options: `train`, `test` (splits), `samples`, `neighbours`, `column`, `label`, `root`, `modality`; `member` of a model
             of several kinds of data.
     Returns: `{"raw": {"knn": x}, "random": {...}, "model": {"knn": x, "linear": x}}`, accuracies 0..1; with `group` also
-        `left_out`, the mean accuracy on a value that the classifier has not seen. With `protocol`, models have
-        `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with `labels` there is
-        `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
-        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector.1": {...}, "projector": {...}}`.
+        `left_out`, the mean accuracy on a value that the classifier has not seen, and `left_out_worst`, the least one. With
+        `protocol`, models have `"protocols": {name: {"accuracy": x, ...}}` instead of linear, see `protocols.measure`; with
+        `labels` there is `"labels": {"samples": n, "least": a, "most": b}`, how many samples of a class were learned from.
+        With `layers`, `"layers": {"1": {"knn": x, "linear": x}, ..., "projector.1": {...}, "projector": {...}, "all": {...}}`,
+        the last of all blocks side by side.
         With `protocol="dense"`, of images with masks, `miou` and `pixels`, see `dense.segmented`.
     Raises: RecipeError if the data have no labels, or an option is wrong.
     """
@@ -263,8 +264,8 @@ def probe(
         if group:
             both = {name: torch.cat([bank[name], test[name]]) for name in ("raw", "embedding", "label", "group")}
             if "left_out" not in results["raw"]:
-                results["raw"]["left_out"] = _left_out(both["raw"], both["label"], both["group"])
-            results[name]["left_out"] = _left_out(both["embedding"], both["label"], both["group"])
+                results["raw"] |= _left_out(both["raw"], both["label"], both["group"])
+            results[name] |= _left_out(both["embedding"], both["label"], both["group"])
     return results
 
 
@@ -401,11 +402,11 @@ def _with(run: Any, groups: Tensor | None) -> Any:
     return run if groups is None else lambda batch: run(batch) | {"group": groups[batch["index"]]}
 
 
-def _left_out(features: Tensor, labels: Tensor, groups: Tensor) -> float:
-    """Mean over groups of the linear accuracy on the one that the classifier has not seen."""
+def _left_out(features: Tensor, labels: Tensor, groups: Tensor) -> dict[str, float]:
+    """Linear accuracy on a group that the classifier has not seen: `left_out`, the mean over groups, and `left_out_worst`."""
     scores = [
         linear_accuracy(features[groups != g], labels[groups != g], features[groups == g], labels[groups == g])
         for g in groups.unique()
         if g >= 0
     ]
-    return sum(scores) / len(scores)
+    return {"left_out": sum(scores) / len(scores), "left_out_worst": min(scores)}

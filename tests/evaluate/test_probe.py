@@ -137,7 +137,9 @@ def test_a_group_is_left_out_at_a_time_and_those_without_one_are_not_counted(see
     for g in (0, 1):
         seen = groups != g
         wanted.append(linear_accuracy(features[seen], labels[seen], features[~seen], labels[~seen]))
-    assert module._left_out(features, labels, groups) == pytest.approx(sum(wanted) / 2)
+    found = module._left_out(features, labels, groups)
+    assert found == {"left_out": pytest.approx(sum(wanted) / 2), "left_out_worst": pytest.approx(min(wanted))}
+    assert wanted[0] != wanted[1]
     assert 0.4 < sum(wanted) / 2 < 1
 
 

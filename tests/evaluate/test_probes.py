@@ -17,7 +17,7 @@ from mmssl.errors import RecipeError
 from mmssl.evaluate.attentive import Attentive, AttentivePool, attentive_accuracy
 from mmssl.evaluate.features import _as_long, rank_in_class
 from mmssl.evaluate.fewshot import FewShot, few_shot
-from mmssl.evaluate.layers import projector_of
+from mmssl.evaluate.layers import layer_scores, projector_of
 from mmssl.evaluate.linear import linear_accuracy
 from mmssl.evaluate.probe import probe, runner
 from mmssl.evaluate.protocols import choose, measure
@@ -144,8 +144,8 @@ def test_every_block_and_the_projector_of_a_run_are_probed(image_folder, tmp_pat
     ]
     assert main([*words, "epochs=2", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [*found["model"]["layers"]] == ["1", "2", "projector.1", "projector"]
-    assert [*found["random"]["layers"]] == ["1", "2"]
+    assert [*found["model"]["layers"]] == ["1", "2", "projector.1", "projector", "all"]
+    assert [*found["random"]["layers"]] == ["1", "2", "all"]
     project, h = projector_of(run / "model"), torch.randn(3, 16, generator=generator(5))
     saved = load_file(run / "heads" / "heads.safetensors")
     head = mlp(16, 12, 4, bias=False, last_norm="scale").eval()
@@ -158,6 +158,17 @@ def test_every_block_and_the_projector_of_a_run_are_probed(image_folder, tmp_pat
     out = capsys.readouterr().out
     assert "projector" in out
     assert "shots 1, draws 100; 95 % " in out
+
+
+def test_all_layers_side_by_side_tell_what_none_tells_alone():
+    """One block knows the parity of a class, the other whether it is large; the projector takes no part."""
+    labels = torch.arange(80) % 4
+    rows = {"layer.1": (labels % 2)[:, None], "layer.2": (labels // 2)[:, None], "layer.projector": labels[:, None] * 0}
+    noise = torch.randn(80, 1, generator=generator(3)) / 100
+    bank = {"label": labels} | {name: torch.cat([x - 0.5 + noise, noise], 1) for name, x in rows.items()}
+    scores = layer_scores(bank, bank, 5)
+    assert scores["all"]["linear"] == 1
+    assert max(scores[name]["linear"] for name in ("1", "2", "projector")) < 0.7
 
 
 def test_several_data_sets_make_one_table(vit, image_folder, tmp_path, capsys):
