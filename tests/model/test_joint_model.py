@@ -16,6 +16,7 @@ from mmssl.config import JointRecipe, load_recipe
 from mmssl.errors import RecipeError
 from mmssl.hub.export import export_encoders, load_weights, member_folder
 from mmssl.hub.flatten import flatten
+from mmssl.hub.formats import export_as
 from mmssl.hub.push import plan
 from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.state import model_state
@@ -325,3 +326,32 @@ def test_features_that_would_hide_each_other_in_one_file_are_refused(tmp_path, m
 
 def test_the_class_is_known_without_code_of_the_folder(joint):
     assert type(AutoModel.from_pretrained(joint[2])) is MmsslModel
+
+
+@torch.no_grad()
+def test_other_libraries_get_the_encoder_of_each_kind_of_data(joint, tmp_path, capsys):
+    """A folder for each where it fits; what does not fit is left out and named."""
+    runtime = pytest.importorskip("onnxruntime")
+    recipe, objective, _ = joint
+    views, tensors = {name: member.build_views() for name, member in recipe.members.items()}, model_state(objective)
+    place = export_as("onnx", recipe, views, tensors, tmp_path / "onnx")
+    assert {folder.name for folder in place.iterdir()} == {*INPUTS}
+    assert "left out" not in capsys.readouterr().err
+    for name, method in objective.method.members.items():
+        session = runtime.InferenceSession(str(place / name / "model.onnx"))
+        given = {put.name: INPUTS[name][put.name].numpy() for put in session.get_inputs()}
+        tokens, pool, *_ = said(method.student.encoder, name)
+        found, pooled = session.run(["last_hidden_state", "pooler_output"], given)
+        (content_tokens,) = content([torch.from_numpy(found)], method.student.encoder)
+        valid = ~PADS[name] if name in PADS else torch.ones(tokens.shape[:2], dtype=torch.bool)
+        assert_close(content_tokens[valid], tokens[valid], rtol=1e-4, atol=1e-4)
+        assert_close(torch.from_numpy(pooled), pool, rtol=1e-4, atol=1e-4)
+    heads = export_as("heads", recipe, views, tensors, tmp_path / "heads")
+    assert {folder.name for folder in heads.iterdir()} == {*INPUTS}
+    for name, method in objective.method.members.items():
+        saved = load_file(heads / name / "heads.safetensors")
+        own = method.state_dict()
+        assert saved
+        assert all(torch.equal(tensor, own[n]) for n, tensor in saved.items())
+    with pytest.raises(RecipeError, match=r"(?s)vision: .*speech: timm holds encoders of images"):
+        export_as("timm", recipe, views, tensors, tmp_path / "timm")
