@@ -306,7 +306,7 @@ def write_samples(place: Path) -> None:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     ViTModel(ViTConfig(**shape, image_size=16, patch_size=4)).save_pretrained(place / "released")
 
     draw = np.random.default_rng(0)
