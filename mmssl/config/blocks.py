@@ -171,6 +171,11 @@ class TrainOptions(Options):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 is autocast: weights stay fp32.")
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = Field(False, description="torch.compile on each transformer block.")
+    recompute: bool = Field(
+        False,
+        description="Keep only what enters each transformer block, compute the rest again in the backward pass: much less "
+        "memory, about a third more time.",
+    )
     split_teacher: bool = Field(
         False,
         description="Each rank keeps its part of a moving average, gathered block by block; for where no rank has memory for a "

@@ -11,14 +11,16 @@ from torch.distributed import ProcessGroup
 
 from mmssl.distributed import all_max, all_sum, world
 from mmssl.losses.distillation import predict_others
-from mmssl.losses.numerics import above_zero, at_least_fp32
+from mmssl.losses.numerics import above_zero, at_least_fp32, without_autocast
 
 
 @torch.no_grad()
+@without_autocast
 def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: ProcessGroup | None = None) -> Tensor:
     """Codes: soft assignments that follow the scores while all prototypes get about the same share of the batch of all ranks.
 
-    Each iteration gives all prototypes the same mass, then all samples. Done with logarithms, so nothing over- or underflows.
+    Each iteration gives all prototypes the same mass, then all samples. The first one, done with logarithms, leaves a prototype
+    at least 1 / K and a sample 1, so that nothing over- or underflows in the others.
 
     Args:
         scores: (B, K) cosines of samples and prototypes, float32 or float64; each rank has other rows.
@@ -33,12 +35,14 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: Proc
         raise ValueError(f"iterations: {iterations}, must be at least 1")
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: {scores.dtype}, too coarse to be divided by eps; pass scores.float(), made without autocast")
-    log_codes = scores / eps
-    for _ in range(iterations):
-        peak = all_max(log_codes.amax(0), group)
-        log_codes = log_codes - peak - all_sum((log_codes - peak).exp().sum(0), group).log()
-        log_codes = log_codes.log_softmax(1)
-    return log_codes.exp()
+    logits = scores / eps
+    logits.sub_(all_max(logits.amax(0), group))
+    codes = logits.sub_(all_sum(logits.exp().sum(0), group).log()).softmax(1)
+    samples, prototypes = codes.new_ones(len(codes)), codes.new_ones(codes.shape[1])
+    for _ in range(iterations - 1):  # factors of rows and columns, so that the matrix is only read
+        prototypes = 1 / all_sum(samples @ codes, group)
+        samples = 1 / (codes @ prototypes)
+    return codes.mul_(prototypes).mul_(samples[:, None]) if iterations > 1 else codes
 
 
 def swav(scores: Sequence[Tensor], codes: Mapping[int, Tensor], temperature: float = 0.1) -> Tensor:

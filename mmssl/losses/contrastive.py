@@ -33,7 +33,6 @@ class Logits(NamedTuple):
     near: Tensor  # (B,) cosine of query and positive over temperature
     far: Tensor  # (B, K) the same for negatives, -inf where one is left out
     query: Tensor  # (B, D)
-    positive: Tensor  # (B, D)
     negatives: Tensor  # (K, D)
     temperature: float
 
@@ -70,8 +69,9 @@ def nt_xent(
     views = unit_rows(torch.stack((z1, z2), 1))  # (B, 2, D)
     everyone = gather(views, group).flatten(0, 1)  # (2N, D), the views of a sample adjacent
     first = 2 * _own_samples(len(z1), z1.device, group)
-    own = torch.stack((first, first + 1), 1).repeat_interleave(2, 0)  # (2B, 2): an anchor itself, and its positive
-    anchors, partners = views.flatten(0, 1), views.flip(1).flatten(0, 1)
+    own = torch.stack((first, first + 1), 1).repeat_interleave(2, 0)  # (2B, 2): places of a sample's views
+    partners = torch.stack((first + 1, first), 1).flatten()
+    anchors = everyone if world(group) == 1 else views.flatten(0, 1)
     return _contrast(anchors, partners, everyone, own, temperature, estimator)
 
 
@@ -116,8 +116,8 @@ def in_batch_info_nce(
     """
     same_shape(query=query, keys=keys)
     query, keys = unit_rows(query), unit_rows(keys)
-    own = _own_samples(len(query), query.device, group)[:, None]
-    return _contrast(query, keys, gather(keys, group), own, temperature, estimator)
+    own = _own_samples(len(query), query.device, group)
+    return _contrast(query, own, gather(keys, group), own[:, None], temperature, estimator)
 
 
 def batch_contrast(
@@ -216,22 +216,45 @@ def _own_samples(count: int, device: torch.device, group: ProcessGroup | None) -
 def _contrast(
     query: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor | None, temperature: float, estimator: Estimator
 ) -> Tensor:
-    """() mean over queries. Arguments as in `info_nce`, all of length 1."""
+    """() mean over queries. Arguments as in `info_nce`, of length 1; `positive` may be (B,) int64, places in `negatives`."""
     above_zero(temperature=temperature)
 
     def loss(query: Tensor, positive: Tensor, negatives: Tensor, left_out: Tensor | None) -> Tensor:
-        near = (query * positive).sum(1) / temperature
-        far = query / temperature @ negatives.T
+        if query is negatives:
+            far = _Gram.apply(query, 1 / temperature)
+        else:
+            far = torch.addmm(query.new_zeros(1), query, negatives.T, beta=0, alpha=1 / temperature)
+        if positive.dtype == torch.int64:
+            near = far[
+                torch.arange(len(far), device=far.device), positive
+            ]  # not `gather`, which would keep what is changed below
+        else:
+            near = (query * positive).sum(1) / temperature
         if left_out is not None and left_out.dtype == torch.bool:
             far = far.masked_fill_(left_out, -torch.inf)
         elif left_out is not None:
             far = far.scatter_(1, left_out, -torch.inf)
-        return estimator(Logits(near, far, query, positive, negatives, temperature))
+        return estimator(Logits(near, far, query, negatives, temperature))
 
     rows = max(1, BLOCK // len(negatives))
     if len(query) <= rows:
         return loss(query, positive, negatives, left_out).mean()
     return _MeanOverBlocks.apply(loss, rows, left_out, query, positive, negatives)  # type: ignore[return-value]
+
+
+class _Gram(torch.autograd.Function):
+    """factor * x @ x.T, whose gradient takes one product instead of two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return torch.addmm(x.new_zeros(1), x, x.T, beta=0, alpha=factor)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return (upstream + upstream.T).mul_(ctx.factor) @ x, None
 
 
 class _MeanOverBlocks(torch.autograd.Function):

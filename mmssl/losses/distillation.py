@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def predict_others(targets: Mapping[int, Tensor], logits: Sequence[Tensor]) -> T
     for crop, scores in enumerate(logits):
         wanted = [target.detach() for other, target in targets.items() if other != crop]
         if wanted:  # one product for all targets of a crop, since the entropy is linear in them
-            total = total - (torch.stack(wanted).sum(0) * at_least_fp32(scores).log_softmax(1)).sum(1).mean()
+            total = total - (reduce(torch.add, wanted) * at_least_fp32(scores).log_softmax(1)).sum(1).mean()
     return total / pairs
 
 

@@ -33,7 +33,17 @@ def unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1, fp32 or higher. A row of zeros stays one and gets the gradient 0. x: (..., D)."""
     x = at_least_fp32(x)
     length = x.norm(dim=-1, keepdim=True)
-    return x / length.masked_fill(length <= 1e-12, torch.inf)
+    return (
+        x * length.masked_fill(length <= 1e-12, torch.inf).reciprocal()
+    )  # whose gradient takes fewer passes than a quotient's
+
+
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """(..., D), (..., D) -> (...), as of `unit_rows`, which this need not make."""
+    x, y = at_least_fp32(x), at_least_fp32(y)
+    lengths = (v.norm(dim=-1) for v in (x, y))
+    first, second = (length.masked_fill(length <= 1e-12, torch.inf) for length in lengths)
+    return (x * y).sum(-1) / first / second
 
 
 def same_shape(**tensors: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmssl.losses.numerics import at_least_fp32, same_shape, unit_rows
+from mmssl.losses.numerics import at_least_fp32, cosines, same_shape
 from mmssl.types import Mask
 
 Norm = Literal["instance", "layer", "none"]
@@ -99,4 +99,4 @@ def cosine_regression(p: Tensor, z: Tensor) -> Tensor:
     Source: arXiv:2006.07733, Eq. 2. SimSiam's loss of one direction is half of this less 1, arXiv:2011.10566, Eq. 1.
     """
     same_shape(p=p, z=z)
-    return 2 - 2 * (unit_rows(p) * unit_rows(z.detach())).sum(-1).mean()
+    return 2 - 2 * cosines(p, z.detach()).mean()

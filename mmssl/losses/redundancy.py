@@ -17,6 +17,19 @@ def off_diagonal(square: Tensor) -> Tensor:
     return square.flatten()[1:].view(len(square) - 1, -1)[:, :-1]
 
 
+def squares_beside_diagonal(first: Tensor, second: Tensor) -> Tensor:
+    """() sum of the squares of all entries of first.T @ second but the diagonal ones. first, second: (N, D).
+
+    By the smaller of two products, as |A^T B|^2 = <A A^T, B B^T>. Where there are fewer samples than dimensions the squares
+    beside the diagonal are no small difference of large numbers, since a matrix of rank N cannot keep to it.
+    """
+    if len(first) >= first.shape[1]:
+        return off_diagonal(first.T @ second).square().sum()
+    gram = first @ first.T
+    other = gram if second is first else second @ second.T
+    return (gram * other).sum() - (first * second).sum(0).square().sum()
+
+
 @without_autocast
 def barlow_twins(z1: Tensor, z2: Tensor, lambd: float = 0.0051, eps: float = 1e-5, group: ProcessGroup | None = None) -> Tensor:
     """Squared distance of the correlation matrix between two views from the identity.
@@ -35,9 +48,14 @@ def barlow_twins(z1: Tensor, z2: Tensor, lambd: float = 0.0051, eps: float = 1e-
     both = at_least_fp32(torch.cat((z1, z2), 1))  # (B, 2D)
     centred = both - sum_ranks(both.sum(0), group) / count
     variance = sum_ranks(centred.square().sum(0), group) / count
-    first, second = (centred * (variance + eps).rsqrt()).chunk(2, 1)
-    correlation = sum_ranks(first.T @ second, group) / count  # (D, D)
-    return (correlation.diagonal() - 1).square().sum() + lambd * off_diagonal(correlation).square().sum()
+    standard = centred * (variance + eps).rsqrt()
+    first, second = standard.chunk(2, 1)
+    agreement = sum_ranks((first * second).sum(0), group) / count  # (D,)
+    if count * world(group) < first.shape[1]:  # rows of all ranks take less than the matrix, to send and to multiply
+        beside = squares_beside_diagonal(*gather(standard, group).chunk(2, 1)) / count**2
+    else:
+        beside = off_diagonal(sum_ranks(first.T @ second, group) / count).square().sum()
+    return (agreement - 1).square().sum() + lambd * beside
 
 
 class VICReg(NamedTuple):
@@ -68,9 +86,9 @@ def vicreg(z1: Tensor, z2: Tensor, eps: float = 1e-4, group: ProcessGroup | None
     everyone = gather(both, group)
     centred = everyone - everyone.mean(0)
     deviation = (centred.square().sum(0) / (count - 1) + eps).sqrt()  # (2, D)
-    covariances = (view.T @ view / (count - 1) for view in centred.unbind(1))
+    beside = torch.stack([squares_beside_diagonal(view, view) for view in centred.unbind(1)])
     return VICReg(
         invariance=(both[:, 0] - both[:, 1]).square().mean(),
         variance=(1 - deviation).relu().mean(),
-        covariance=torch.stack([off_diagonal(c).square().sum() for c in covariances]).sum() / dim,
+        covariance=beside.sum() / (count - 1) ** 2 / dim,
     )

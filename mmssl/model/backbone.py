@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -60,6 +61,8 @@ class Backbone(nn.Module):
         Returns: a map (B, D, H, W) or tokens (B, L, D); (B, D), the mean over all places if the model pools nothing; hidden
             states, None if not wanted or not given.
         """
+        if x.ndim == 4:  # networks of convolutions take a fifth less time where the channels of a place lie side by side
+            x = x.contiguous(memory_format=torch.channels_last)
         out = self.model(**{self.input_name: x}, output_hidden_states=layers)
         pooled = getattr(out, "pooler_output", None)
         pooled = _places(out.last_hidden_state).mean(1) if pooled is None else pooled.flatten(1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.model.attention import Attention, Turns
+from mmssl.model.recompute import forgetting
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]  # by the error function, nearly, roughly; arXiv:2002.05202
 NormKind = Literal["layer", "rms"]  # rms: neither means nor offsets, arXiv:1910.07467
@@ -59,16 +60,24 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear. (B, L, D) -> (B, L, D). The first is twice as wide where units come in pairs."""
+    """Linear, activation, Linear. (B, L, D) -> (B, L, D). The first is twice as wide where units come in pairs.
+
+    The widest tensors of a block are what enters and what leaves the activation. A GELU keeps the first for its gradient; the
+    second Linear computes the other from it again.
+    """
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "gelu"):
         super().__init__()
         wide = 2 * hidden if activation == "swiglu" else hidden
         self.fc1, self.act, self.fc2 = nn.Linear(dim, wide), ACTIVATIONS[activation](), nn.Linear(hidden, dim)
+        self.forgets = isinstance(self.act, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
         """Widen, bend, narrow."""
-        return self.fc2(self.act(self.fc1(x)))
+        h = self.fc1(x)
+        if self.forgets and h.requires_grad and not torch.compiler.is_compiling():  # which decides such things by itself
+            return forgetting(self.act, h, self.fc2)
+        return self.fc2(self.act(h))
 
 
 class LayerScale(nn.Module):

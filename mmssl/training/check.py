@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmssl.config import Settings
 from mmssl.config.blocks import HubOptions
 from mmssl.errors import RecipeError
+from mmssl.parts import Teacher
+from mmssl.training.plan import Cost, counting_activations, counting_flops
 from mmssl.training.pretrain import prepare
 from mmssl.training.trainer import SelfSupervisedTrainer
 
@@ -23,19 +26,33 @@ class Stopwatch(SelfSupervisedTrainer):
     """Notes when each update ends and the samples seen by then, and stops after a few."""
 
     times: list[tuple[float, int]] = []
+    flops = activations = 0.0  # of a sample, from the first micro-batches of the first two updates, which are not timed
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As always; the first counts products, and the first of the second update what waits for its backward pass."""
+        counted = self.recipe.train.compile or bool(self.flops and (self.activations or not self.times))
+        if counted:
+            return super().training_step(model, inputs, num_items_in_batch)
+        before = self.samples
+        with counting_activations(self.objective) if self.flops else counting_flops() as found:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        each = found() / max(self.samples - before, 1)
+        self.flops, self.activations = (self.flops, each) if self.flops else (each, 0.0)
+        return loss
 
     def end_update(self, control: Any) -> None:
         """As always, then stop."""
         super().end_update(control)
         self.times = [*self.times, (time.perf_counter(), self.samples)]
         control.should_log = control.should_evaluate = control.should_save = False
-        control.should_training_stop = len(self.times) > UPDATES
+        control.should_training_stop = len(self.times) > UPDATES + 1
 
 
 def check(recipe: Settings) -> dict[str, Any]:
-    """Decode samples, make four updates, measure the last three.
+    """Decode samples, make five updates, count what the first two do, time the others.
 
-    Returns: parameters, samples, losses, seconds a step, samples a second, peak memory in MiB, hours for the whole run.
+    Returns: parameters, samples, losses, seconds a step, samples a second, peak memory in MiB, hours for the whole run; and of
+        a sample, but for compiled runs, products (GFLOP) and memory that waits for the backward pass (MiB).
     Raises: MmsslError as `pretrain` would.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -44,23 +61,36 @@ def check(recipe: Settings) -> dict[str, Any]:
         run = prepare(recipe.model_copy(update=own), trainer=Stopwatch)
         run.trainer.train()
         trainer: Any = run.trainer
-    if len(trainer.times) < 2:
-        raise RecipeError("train.steps: check needs a run of at least two updates to time one.")
+    if len(trainer.times) < 3:
+        raise RecipeError("train.steps: check needs a run of at least three updates: it counts in two, and times the others.")
     facts = [member.source.facts for member in run.members]
-    (begin, before), *_, (end, after) = trainer.times
-    step = (end - begin) / (len(trainer.times) - 1)
+    _, (begin, before), *_, (end, after) = trainer.times
+    step = (end - begin) / (len(trainer.times) - 2)
     cuda = run.args.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    parts = run.objective.method.parts()
+    teachers = [tensor for part in parts if isinstance(part, Teacher) for tensor in part.state_dict().values()]
     losses = {n: float(v) / trainer.terms for n, v in trainer.sums.items() if n.startswith("loss")} if trainer.terms else {}
     return {
         "data": "; ".join(f"{one.get('path')}, {one.get('count', 'unknown number of')} samples" for one in facts),
         "unreadable": run.quarantine.summary(),
         "trained_parameters": sum(p.numel() for p in run.objective.method.parameters() if p.requires_grad),
+        "teacher_parameters": sum(t.numel() for t in teachers),
         "encoder_parameters": sum(p.numel() for p in {p for m in run.members for p in m.method.student.parameters()}),
         "updates": run.steps,
         **{name: round(value, 4) for name, value in losses.items()},
         "seconds_per_update": round(step, 4),
         "samples_per_second": round(trainer.seen_by_all(after - before) / (end - begin), 1),
         "peak_memory_mib": peak >> 20,
+        "gflop_per_sample": float(f"{trainer.flops / 1e9:.5g}"),
+        "activation_mib_per_sample": float(f"{trainer.activations / 2**20:.5g}"),
         "hours_for_the_run": round(step * run.steps / 3600, 2),
     }
+
+
+def cost(facts: dict[str, Any]) -> Cost:
+    """What a plan is made from. Raises: RecipeError if it was not counted."""
+    if not facts["gflop_per_sample"]:
+        raise RecipeError("train.compile: what is compiled is not counted; plan with train.compile=false.")
+    trained, kept = facts["trained_parameters"], facts["teacher_parameters"]
+    return Cost(trained, kept, facts["gflop_per_sample"] * 1e9, facts["activation_mib_per_sample"] * 2**20)

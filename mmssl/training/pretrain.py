@@ -16,8 +16,11 @@ from mmssl import report, stage
 from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
-from mmssl.errors import DataError, MmsslError, storage_error
+from mmssl.errors import DataError, MmsslError, RecipeError, storage_error
 from mmssl.hub.export import modelling_code
+from mmssl.model.recompute import recompute
+from mmssl.model.regressor import CrossBlock
+from mmssl.model.transformer import Block
 from mmssl.parts import Teacher
 from mmssl.training import checkpoint
 from mmssl.training.change import change, told
@@ -152,6 +155,8 @@ class Run:
         else:
             self.objective = members[0].learn(members[0].recipe.build(), folder, resume)
             self.quarantine = members[0].quarantine
+        if recipe.train.recompute and not recompute(self.objective, (Block, CrossBlock)):
+            raise RecipeError("train.recompute: nothing here has blocks that could do so; leave it out.")
         if recipe.train.compile:
             parts = self.objective.method.parts()
             students = [member.method.student.encoder for member in members]

@@ -16,7 +16,7 @@ from mmssl.redaction import redact
 # What neither changes a weight nor the order of samples, and what changes only what is still to come. All else is refused.
 FREE = (
     *("out", "save", "hub", "watch", "data.workers", "data.max_bad", "data.min_bad", "train.log_every", "train.report_to"),
-    *("train.threads", "train.device", "train.max_skips", "train.max_skip_share", "train.split_teacher"),
+    *("train.threads", "train.device", "train.max_skips", "train.max_skip_share", "train.split_teacher", "train.recompute"),
     "bind.prompts",
 )
 WARNED = ("optim", "train.steps", "train.epochs", "train.precision", "train.compile", "train.micro_batch")

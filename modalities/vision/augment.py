@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from mmssl.crops import listed
 from mmssl.random import generator
+from modalities.vision.pixels import (
+    blur,
+    brightness,
+    contrast,
+    cut_out,
+    floats,
+    gradients,
+    grey,
+    hue,
+    noise,
+    saturation,
+    solarize,
+)
 
 Step = Literal["flip", "jitter", "grey", "blur", "solarize"]
 FLIP_FIRST: tuple[Step, ...] = ("flip", "jitter", "grey", "blur", "solarize")
@@ -21,8 +31,7 @@ FLIP_LAST: tuple[Step, ...] = ("jitter", "grey", "blur", "solarize", "flip")
 GREY_FIRST: tuple[Step, ...] = ("grey", "jitter", "blur", "solarize", "flip")
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 UNCUT = (0.0, 0.0, 0.0)
-ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-QUARTERS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # counter-clockwise
+COLOURS = (brightness, contrast, saturation, hue)
 
 
 @dataclass(frozen=True)
@@ -193,22 +202,29 @@ class Change(NamedTuple):
             sobel=sobel,
         )
 
-    def applied(self, image: Image.Image, order: Sequence[Step] = FLIP_FIRST) -> Image.Image:
-        """The changed image, of the same size and mode; what follows normalisation is left to `finished`."""
+    def applied(self, pixels: Tensor, order: Sequence[Step] = FLIP_FIRST) -> Tensor:
+        """The changed image; what follows normalisation is left to `finished`.
+
+        Args:
+            pixels: (C, H, W) from 0 to 255, of any type; of `read` or `cut`, or of three channels or one.
+        Returns: (C, H, W) float32 from 0 to 255, not rounded.
+        """
+        x = floats(
+            pixels.flip(-1) if self.flip else pixels
+        )  # wherever it stands in `order`: no other step knows left from right
         for step in order:
-            if step == "flip" and self.flip:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            elif step == "jitter":
-                image = recoloured(image, self.colour, self.sequence)
+            if step == "jitter":
+                x = recoloured(x, self.colour, self.sequence)
             elif step == "grey" and self.grey:
-                image = image.convert("L").convert(image.mode)
+                x = grey(x)
             elif step == "blur" and self.blur:
-                image = image.filter(ImageFilter.GaussianBlur(self.blur))
+                x = blur(x, self.blur)
             elif step == "solarize" and self.solarize:
-                image = ImageOps.solarize(image, 128)
+                x = solarize(x)
         if self.rotation:
-            image = image.transpose(QUARTERS[self.rotation - 1])
-        return noisy(image, self.noise, generator("noise", self.noise_seed)) if self.noise else image
+            x = x.rot90(self.rotation, (-2, -1))
+        x = x.expand(min(len(pixels), 3), -1, -1).contiguous()  # what is grey has gone through the later steps as one channel
+        return noise(x, self.noise, generator("noise", self.noise_seed)) if self.noise else x
 
     def finished(self, x: Tensor) -> Tensor:
         """The normalised view (C, H, W) with its square cut out, then as gradients."""
@@ -227,54 +243,9 @@ class Change(NamedTuple):
         return {name: torch.tensor(value, dtype=torch.float32) for name, value in told.items()}
 
 
-def recoloured(image: Image.Image, colour: Sequence[float], sequence: Sequence[int]) -> Image.Image:
-    """Brightness, contrast, saturation and hue changed in that sequence; grey images have neither saturation nor hue."""
+def recoloured(x: Tensor, colour: Sequence[float], sequence: Sequence[int]) -> Tensor:
+    """Brightness, contrast, saturation and hue changed in that sequence, in place; grey images have neither of the last two."""
     for i in sequence:
-        if colour[i] == UNCHANGED[i] or (i >= 2 and image.mode == "L"):
-            continue
-        image = hue_turned(image, colour[3]) if i == 3 else ENHANCE[i](image).enhance(colour[i])
-    return image
-
-
-def hue_turned(image: Image.Image, turns: float) -> Image.Image:
-    """Hue in 256 steps, shifted by whole steps towards 0, as torchvision does it on Pillow's images."""
-    hsv = image.convert("HSV")
-    return ImageChops.add_modulo(hsv, Image.new("HSV", hsv.size, (int(turns * 255) % 256, 0, 0))).convert(image.mode)
-
-
-def noisy(image: Image.Image, std: float, draw: torch.Generator) -> Image.Image:
-    """Independent Gaussian noise on each pixel and channel, rounded and cut off at black and white."""
-    pixels = np.asarray(image)
-    noise = torch.randn(pixels.shape, generator=draw).numpy()
-    return Image.fromarray((pixels + 255 * std * noise).round().clip(0, 255).astype(np.uint8))
-
-
-def cut_out(x: Tensor, across: float, down: float, side: float) -> Tensor:
-    """A normalised image (C, H, W) with a square of zeros, its mean; the square may reach beyond the image.
-
-    Args:
-        across, down: the centre, as shares of width and height, below 1.
-        side: as a share of the width.
-    Source: arXiv:1708.04552, section 3.
-    """
-    height, width = x.shape[1:]
-    pixels = round(side * width)
-    left, top = int(across * width) - pixels // 2, int(down * height) - pixels // 2
-    x = x.clone()
-    x[:, max(top, 0) : top + pixels, max(left, 0) : left + pixels] = 0
+        if colour[i] != UNCHANGED[i]:
+            x = COLOURS[i](x, colour[i])
     return x
-
-
-def gradients(x: Tensor) -> Tensor:
-    """Sobel gradients of the mean channel of a normalised image, with zeros around it.
-
-    Args:
-        x: (C, H, W).
-    Returns: (C, H, W): the gradient's length if C is 1; else its components across and down, and its length.
-    Source: arXiv:1807.05520, whose code has these filters. Departs from the paper: there the network holds them and reads two
-        channels, without the length; here they are an augmentation, and plain views and exported models see the image itself.
-    """
-    across = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
-    both = F.conv2d(x.mean(0)[None, None], torch.stack([across, across.T])[:, None], padding=1)[0]
-    length = torch.hypot(*both)[None]
-    return length if len(x) == 1 else torch.cat([both, length])

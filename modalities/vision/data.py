@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mmssl.types import Rejected
@@ -97,7 +97,8 @@ def _loaded(image: Image.Image) -> Image.Image:
     except Exception as error:
         raise _rejected(error) from None
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # which copies what stands upright
     except Exception:  # broken EXIF: the pixels are good all the same
         return image
 
@@ -110,7 +111,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise Rejected("wrong_type", f"mode {image.mode}: {error}") from None
 

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from mmssl.masks import blocks, uniform
 from mmssl.random import generator, key
 from mmssl.types import Mask, View
-from modalities.vision.augment import Change, Crop, check_box, check_crop, policy
+from modalities.vision.augment import Change, Crop, check_box, check_crop, policy, recoloured
 from modalities.vision.masks import (
     block_size,
     block_sizes,
@@ -27,9 +26,9 @@ from modalities.vision.masks import (
     usual_context,
     why_not_multiblock,
 )
+from modalities.vision.pixels import cut, floats, read
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ONE_CROP = ((0.2, 1.0), (3 / 4, 4 / 3), 0.5, 0.0)  # scale, aspect, flip, jitter
 
 
@@ -99,7 +98,8 @@ class ImageViews:
         self.scale, self.aspect, self.flip, self.jitter, self.mask = scale, aspect, flip, jitter, mask
         self.replaces = mask is not None and mask.kind == "mixed"  # masks are for encoders that see all places
         self.shares = mask is not None and mask.kind == "multiblock"  # all samples of an update have blocks of one size
-        self.mean, self.std = np.asarray(mean, np.float32) * 255, np.asarray(std, np.float32) * 255
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32) * 255 for values in (mean, std))
+        self.gain, self.shift = (v[:, None, None] for v in (1 / self.std, -self.mean / self.std))
         self.kinds = _one_by_one(crops, features)
         if self.kinds:
             self.count = sum(crop.size == self.size for crop in self.kinds)
@@ -119,15 +119,15 @@ class ImageViews:
         image = self._in_mode(sample)
         if not self.kinds:
             return self._one(image, draw(0))
-        tensors = {}
+        tensors, pixels = {}, read(image)
         for i, crop in enumerate(self.kinds):
             assert crop.size is not None
             source = draw(i)
-            left, top, width, height = crop_box(*image.size, crop.scale, crop.aspect, source)
+            left, top, width, height = box = crop_box(*image.size, crop.scale, crop.aspect, source)
             change = Change.drawn(crop, source)
-            cut = image.resize((crop.size, crop.size), FILTERS[crop.interpolation], (left, top, left + width, top + height))
+            x = change.applied(cut(pixels, box, crop.size, crop.interpolation), crop.order)
+            x = change.finished(self._normalised(x))
             shares = (left / image.width, top / image.height, width / image.width, height / image.height)
-            x = change.finished(self._normalised(change.applied(cut, crop.order)))
             view = {"x": x, "box": torch.tensor(shares), **change.record()}
             if self.mask is not None and i < self.count:
                 view |= self._hidden(source)
@@ -138,9 +138,10 @@ class ImageViews:
         """One crop without a policy."""
         left, top, width, height = crop_box(*image.size, self.scale, self.aspect, source)
         flip = bool(torch.rand((), generator=source) < self.flip)
-        change = jittered(self.jitter, source) if self.jitter else None
-        cut = self._full(image, (left, top, left + width, top + height))
-        x = self._normalised(cut if change is None else change(cut), flip)
+        x = self._full(image, (left, top, left + width, top + height))
+        if self.jitter:
+            x = recoloured(x, *jitter(self.jitter, source))
+        x = self._normalised(x.flip(-1) if flip else x)
         return {"x": x} if self.mask is None else {"x": x, **self._hidden(source)}
 
     def _hidden(self, draw: torch.Generator) -> dict[str, Tensor]:
@@ -207,19 +208,16 @@ class ImageViews:
         mode = "L" if self.channels == 1 else "RGB"
         return image if image.mode == mode else image.convert(mode)
 
-    def _full(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-        """Cut `box` and resize it to the image size in one go.
+    def _full(self, image: Image.Image, box: tuple[float, float, float, float]) -> Tensor:
+        """Cut `box` and resize it to the image size in one go: (C, H, W) float32 from 0 to 255.
 
         Departs from torchvision, which cuts first: at the edge the filter sees the pixels around the box.
         """
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
+        return floats(read(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)))
 
-    def _normalised(self, image: Image.Image, flip: bool = False) -> Tensor:
-        """(C, H, W)."""
-        pixels = np.asarray(image).reshape(image.height, image.width, self.channels).transpose(2, 0, 1)
-        x = np.empty(pixels.shape, np.float32)
-        np.subtract(pixels[..., ::-1] if flip else pixels, self.mean[:, None, None], out=x)
-        return torch.from_numpy(np.divide(x, self.std[:, None, None], out=x))
+    def _normalised(self, x: Tensor) -> Tensor:
+        """(C, H, W), in place."""
+        return torch.addcmul(self.shift, x, self.gain, out=x)
 
 
 def _check_mask(m: MaskOptions, grid: tuple[int, int]) -> None:
@@ -283,18 +281,10 @@ def _one_by_one(crops: list[Crop] | str | None, features: Any) -> list[Crop]:
     return [crop for crop in each if crop.size == features.image_size] + smaller
 
 
-def jittered(strength: float, draw: torch.Generator) -> Callable[[Image.Image], Image.Image]:
-    """Brightness, contrast and saturation by factors from 1 - strength to 1 + strength, in random order."""
-    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+def jitter(strength: float, draw: torch.Generator) -> tuple[list[float], list[int]]:
+    """Factors of brightness, contrast and saturation, from 1 - strength to 1 + strength, and the order in which they come."""
     factors = (1 + strength * (2 * torch.rand(3, generator=draw, dtype=torch.float64) - 1)).tolist()
-    order = torch.randperm(3, generator=draw).tolist()
-
-    def change(image: Image.Image) -> Image.Image:
-        for i in order:
-            image = kinds[i](image).enhance(factors[i])
-        return image
-
-    return change
+    return factors, torch.randperm(3, generator=draw).tolist()
 
 
 def centre_box(width: int, height: int) -> tuple[float, float, float, float]:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def run(method: str = "simclr", part: str = "step", batch: str = "128", dim: str
 
     Args:
         method: simclr, byol, vicreg, barlow_twins, swav or dino, with the encoder of `vision/METHOD-cifar10-cpu`.
-        part: step, or loss. Theirs is the loop of lightly's examples over a copy of our networks, or its loss.
+        part: step, or loss. Theirs is the loop of lightly's examples over a copy of our networks, the backbone as its library
+            runs it; or its loss.
         batch: samples.  dim: of the projections, or the number of prototypes, of `part=loss`.
     Returns: `time_ratio` (ours : lightly, median over pairs), its spread, `memory_ratio` at the peak with `part=loss`, and
         both losses before the first step, which must agree to 1e-4.
@@ -70,11 +72,19 @@ def pair(name: str, samples: int, device: str) -> Pair:
     shape = (samples, 3, recipe.config().image_size, recipe.config().image_size)
     views = [View(torch.randn(shape, generator=generator("bench", i)).to(device), "vision") for i in range(2)]
     other = copy.deepcopy(method)
+    backbone = other.student.encoder
+    backbone.outputs = MethodType(as_it_is, backbone)
     loss, after = LOOPS[name](other, views)
     optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], recipe.optim.lr, fused=True)
     batch = Batch(views, torch.arange(samples), tuple(range(samples)))
     ours = own_side(f"{name}, small ResNet", recipe, method, batch)
     return Pair(ours, Side("lightly's loop", other, loss, loss, optimizer, after=after))
+
+
+def as_it_is(backbone: Any, x: Tensor, layers: bool = False) -> tuple[Tensor, Tensor, None]:
+    """What a network of a library gives, in its own layout of memory."""
+    out = backbone.model(x)
+    return out.last_hidden_state, out.pooler_output.flatten(1), None
 
 
 def lightly(part: str = "") -> Any:
@@ -165,14 +175,13 @@ LOOPS: dict[str, Callable[[Any, list[View]], Loop]] = {
 
 
 def alone(name: str, samples: int, dim: int, device: str) -> dict[str, Callable[[], float]]:
-    """Our loss and lightly's, each with its gradient for the first of two batches of vectors."""
-    z1, z2 = (torch.randn(samples, dim, generator=generator("bench", i)).to(device) for i in range(2))
+    """Our loss and lightly's, each with its gradient for both batches of vectors, or the first where the second are targets."""
+    vectors = [torch.randn(samples, dim, generator=generator("bench", i)).to(device) for i in range(2)]
     mine, theirs = (way[name] for way in (OURS, _lightly(dim)))
 
     def way(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], float]:
         def once() -> float:
-            leaf = z1.clone().requires_grad_()
-            value = loss(leaf, z2)
+            value = loss(*(z.clone().requires_grad_(i == 0 or name != "byol") for i, z in enumerate(vectors)))
             value.backward()
             return float(value.detach())
 

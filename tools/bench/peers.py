@@ -184,7 +184,7 @@ def mlm(samples: int, device: str = "cpu", *words: str) -> Pair:
     draw, features = generator("bench"), method.student.encoder.features
     ids = torch.randint(4, features.tokens.num_embeddings - 1, (samples, 128), generator=draw).to(device)
     hidden = uniform(128, samples, 0.15, draw).to(device)
-    view = View(ids, "text", mask=Mask.replacing(hidden))
+    view = View(ids, "text", mask=Mask.of(hidden))  # as those of a recipe do, it tells how many a row hides
     batch = Batch([view], torch.arange(samples), tuple(range(samples)))
     seen, labels = corrupt(view, features, batch.keys, method.corruption).x, ids.masked_fill(~hidden, -100)
     return Pair(

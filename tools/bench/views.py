@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmssl.config import Recipe
 from mmssl.random import generator
+from modalities.vision.data import decode
 from tools.bench.joint import lightly
 from tools.bench.turns import by_turns
 
@@ -67,7 +68,7 @@ def described(way: Callable[[bytes], list[Tensor]], photos: list[bytes], passes:
 
 
 def opened(data: bytes) -> Image.Image:
-    """As all sides read a file."""
+    """As data sets of torchvision and lightly read a file."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
@@ -79,7 +80,7 @@ def ours(size: int) -> Callable[[bytes], list[Tensor]]:
 
     def way(data: bytes) -> list[Tensor]:
         number = next(numbers)
-        made = make(opened(data), lambda view: generator("bench", number, view))
+        made = make(decode(data), lambda view: generator("bench", number, view))
         return [made["0.x"], made["1.x"]]
 
     return way

@@ -1,0 +1,168 @@
+"""Operations on the pixels of images: float (..., C, H, W) from 0 to 255, in place where they can be, and not rounded.
+
+They are what torchvision's of the same name do. Factors are one number for all images, or (N, 1, 1, 1) for images (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pyarrow
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's
+
+with warnings.catch_warnings():  # torch warns once that memory must not be written to; better here than at a user's first image
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+
+def read(image: Image.Image) -> Tensor:
+    """(C, H, W) uint8, not to be written to: Pillow's own memory where an image lies in one piece, else a copy.
+
+    The channels of a pixel lie side by side, and a fourth that means nothing beside those of RGB; resizing reads that fastest.
+    """
+    try:
+        pixels = np.frombuffer(pyarrow.array(image).buffers()[-1], np.uint8)
+    except (ValueError, TypeError):  # larger than one of Pillow's blocks (16 MiB), or a Pillow before 11.2
+        pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def cut(pixels: Tensor, box: tuple[int, int, int, int], size: int, interpolation: str) -> Tensor:
+    """A box of an image, resized to a square with antialiasing.
+
+    Args:
+        pixels: of `read`.  box: left, top, width, height.  interpolation: bicubic or bilinear.
+    Returns: (C, size, size) uint8.
+    """
+    from torchvision.transforms.v2 import functional  # half a second, where views are made
+
+    left, top, width, height = box
+    part = pixels[:, top : top + height, left : left + width]
+    return functional.resize_image(part, [size, size], functional.InterpolationMode(interpolation), antialias=True)
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """A copy of an image (C, H, W) in float32, one channel after the other: of red, green and blue, or grey."""
+    return pixels[:3].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Luma (..., 1, H, W)."""
+    if x.shape[-3] == 1:
+        return x.clone()
+    red, green, blue = x.unbind(-3)
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(-3)
+
+
+def brightness(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Away from black."""
+    return x.mul_(factor).clamp_(0, 255)
+
+
+def contrast(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Away from the mean luma of the image."""
+    middle = grey(x.mean((-2, -1), keepdim=True))
+    return x.mul_(factor).add_((1 - factor) * middle).clamp_(0, 255)
+
+
+def saturation(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Away from the luma of the pixel; grey images have no colour to be changed."""
+    if x.shape[-3] == 1:
+        return x
+    plain = grey(x).mul_(1 - factor)
+    return x.mul_(factor).add_(plain).clamp_(0, 255)
+
+
+def hue(x: Tensor, turns: float | Tensor) -> Tensor:
+    """Colours turned around the circle, with the same extremes: by half a turn red becomes cyan, and so does by -0.5."""
+    if x.shape[-3] == 1:
+        return x
+    turns = turns.squeeze(-3) if isinstance(turns, Tensor) else turns
+    red, green, blue = x.unbind(-3)
+    high, low = torch.maximum(red, green), torch.minimum(red, green)
+    torch.maximum(high, blue, out=high)
+    torch.minimum(low, blue, out=low)
+    range_ = high - low
+    # The hue in sixths of a turn, times the range: from red, 2 from green, 4 from blue. A product with 0 or 1 picks the one of
+    # the highest channel; `where` takes thirty times as long on pixels that alternate.
+    not_red, not_green = (high - red).sign_(), (high - green).sign_()
+    from_green, from_blue = (blue - red).add_(range_, alpha=2), (red - green).add_(range_, alpha=4)
+    sixths = (green - blue).lerp_(from_green.lerp_(from_blue, not_green), not_red)
+    sixths.div_(range_.clamp_min_(1e-6)).add_(6 * turns)
+    sixths.sub_((sixths * (1 / 6)).floor_(), alpha=6)
+    # How far each channel is from its end, as a share of the range: none within a sixth of 3 (red, from low) or of its own hue.
+    for channel, own in ((red, 3), (green, 2), (blue, 4)):
+        torch.sub(sixths, own, out=channel).abs_()
+    x.sub_(1).clamp_(0, 1)
+    torch.addcmul(low, range_, red, out=red)
+    torch.addcmul(high, range_, green, value=-1, out=green)
+    torch.addcmul(high, range_, blue, value=-1, out=blue)
+    return x
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Pixels of the brighter half inverted."""
+    return torch.minimum(x, 255 - x)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian, cut off at three sigma; the outermost pixels continue beyond the edge.
+
+    Args:
+        sigma: in pixels, above 0.
+    """
+    reach = round(3 * sigma)
+    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(reach + 1)]
+    total = 2 * sum(weights) - weights[0]
+    height, width = x.shape[-2:]
+    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    for dim, n in ((-1, width), (-2, height)):
+        # Slices added up: on a processor a fraction of the time of a convolution with as many channels as groups.
+        wide, x = x, x.narrow(dim, reach, n) * (weights[0] / total)
+        for i in range(1, reach + 1):
+            for start in (reach - i, reach + i):
+                x.add_(wide.narrow(dim, start, n), alpha=weights[i] / total)
+    return x
+
+
+def noise(x: Tensor, std: float, draw: torch.Generator) -> Tensor:
+    """Independent Gaussian noise on each pixel and channel, cut off at black and white. std: as a share of the range."""
+    return x.add_(torch.randn(x.shape, generator=draw), alpha=255 * std).clamp_(0, 255)
+
+
+def cut_out(x: Tensor, across: float, down: float, side: float) -> Tensor:
+    """A normalised image (C, H, W) with a square of zeros, its mean; the square may reach beyond the image.
+
+    Args:
+        across, down: the centre, as shares of width and height, below 1.
+        side: as a share of the width.
+    Source: arXiv:1708.04552, section 3.
+    """
+    height, width = x.shape[1:]
+    pixels = round(side * width)
+    left, top = int(across * width) - pixels // 2, int(down * height) - pixels // 2
+    x = x.clone()
+    x[:, max(top, 0) : top + pixels, max(left, 0) : left + pixels] = 0
+    return x
+
+
+def gradients(x: Tensor) -> Tensor:
+    """Sobel gradients of the mean channel of a normalised image, with zeros around it.
+
+    Args:
+        x: (C, H, W).
+    Returns: (C, H, W): the gradient's length if C is 1; else its components across and down, and its length.
+    Source: arXiv:1807.05520, whose code has these filters. Departs from the paper: there the network holds them and reads two
+        channels, without the length; here they are an augmentation, and plain views and exported models see the image itself.
+    """
+    across = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    both = F.conv2d(x.mean(0)[None, None], torch.stack([across, across.T])[:, None], padding=1)[0]
+    length = torch.hypot(*both)[None]
+    return length if len(x) == 1 else torch.cat([both, length])

@@ -1,0 +1,115 @@
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mmssl.config import Recipe
+from mmssl.errors import RecipeError
+from mmssl.model.recompute import forgetting, recompute
+from mmssl.model.transformer import Block, Mlp
+from mmssl.random import generator
+from mmssl.training.pretrain import prepare
+
+
+def tensors(*shape):
+    return torch.randn(shape, generator=generator("recompute", *shape)).requires_grad_()
+
+
+def gradients(module, x):
+    module.zero_grad()
+    x.grad = None
+    outputs = module(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(output.sin().sum() for output in outputs).backward()
+    return [x.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+
+
+def lives_after(module, inner, x):
+    """Whether what `inner` gave is still in memory when `module` has run."""
+    given = []
+    handle = inner.register_forward_hook(lambda _, __, output: given.append(weakref.ref(output)))
+    kept = module(x)
+    handle.remove()
+    gc.collect()
+    alive = given[0]() is not None
+    del kept
+    return alive
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "gelu_quick", "swiglu"])
+def test_an_mlp_forgets_what_a_gelu_gives_and_has_the_same_gradients_to_the_bit(activation):
+    torch.manual_seed(0)
+    mlp, x = Mlp(12, 40, activation), tensors(3, 5, 12)
+    keeps = copy.deepcopy(mlp)
+    keeps.forgets = False
+    for one, other in zip(gradients(mlp, x), gradients(keeps, x), strict=True):
+        assert torch.equal(one, other)
+    assert lives_after(keeps, keeps.act, x)
+    assert lives_after(mlp, mlp.act, x) == (not activation.startswith("gelu") or activation == "gelu_quick")
+
+
+def test_gradients_of_gradients_pass_through_what_was_forgotten():
+    torch.manual_seed(0)
+    act, then, x = nn.GELU(), nn.Linear(6, 6).double(), tensors(4, 6).detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: forgetting(act, x, then), x)
+    assert torch.autograd.gradgradcheck(lambda x: forgetting(act, x, then), x)
+
+
+def test_under_autocast_the_gradients_are_the_same_too():
+    torch.manual_seed(0)
+    mlp, x = Mlp(12, 40), tensors(3, 5, 12)
+    keeps = copy.deepcopy(mlp)
+    keeps.forgets = False
+    found = []
+    for module in (mlp, keeps):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(module, x))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_block_that_is_computed_twice_has_the_same_gradients_with_the_same_dropout(norm):
+    torch.manual_seed(0)
+    block, x = Block(12, 2, norm=norm, dropout=0.3, drop_path=0.4), tensors(3, 5, 12)
+    twice = nn.Sequential(copy.deepcopy(block))
+    assert recompute(twice, (Block,)) == 1
+    found = []
+    for module in (block, twice):
+        torch.manual_seed(7)
+        found.append(gradients(module, x))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert lives_after(block, block.mlp.fc1, x)
+    assert not lives_after(twice, twice[0].mlp.fc1, x)
+    with torch.no_grad():
+        assert not twice(x)[0].requires_grad
+
+
+def test_a_run_that_recomputes_has_the_same_losses(trained, tiny_recipe):
+    runs = [trained(tiny_recipe("model.dropout=0.1", f"train.recompute={value}")) for value in ("false", "true")]
+    losses = [[line["loss"] for line in run.lines if "loss" in line] for run in runs]
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
+def test_where_there_are_no_blocks_it_is_refused(image_folder, tmp_path):
+    words = (
+        f"data.path={image_folder}",
+        f"out={tmp_path / 'run'}",
+        "train.recompute=true",
+        "train.steps=1",
+        "train.global_batch=8",
+    )
+    with pytest.raises(RecipeError, match=r"^train\.recompute: nothing here has blocks"):
+        prepare(Recipe.load("vision/simclr-cifar10-cpu", *words, "train.global_batch=8"))
+
+
+def test_a_model_of_a_library_does_so_by_its_own_switch():
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes))
+    assert recompute(nn.Sequential(model), (Block,)) == 1
+    assert model.is_gradient_checkpointing
