@@ -22,7 +22,7 @@ from mmssl.errors import INTERRUPTED, MmsslError, RecipeError, storage_error
 VERBS = {
     "pretrain": "train an encoder: mmssl pretrain RECIPE [key=value ...]",
     "resume": "continue a run from its newest complete checkpoint",
-    "check": "dry run: recipe, data, three steps, memory, throughput, time",
+    "check": "dry run: recipe, data, a few steps, memory, time; a plan for larger machines",
     "status": "how a run stands: mmssl status RUN",
     "view": "a page about a run, or about several: mmssl view RUN [RUN ...]",
     "replay": "the batch of an update that was not applied, sample by sample",

@@ -1,4 +1,4 @@
-"""dry run: recipe, data, a few steps, memory, throughput, time; a plan for larger machines
+"""dry run: recipe, data, a few steps, memory, time; a plan for larger machines
 
 mmssl check RECIPE [key=value ...] trains five updates in a temporary folder, times the last three
 and says what the whole run would need. With --plan also what it would take on 1 to 512 devices,

@@ -9,6 +9,7 @@ import inspect
 CORE = (
     "mmssl.types",
     "mmssl.model.attention",
+    "mmssl.model.recompute",
     "mmssl.model.transformer",
     "mmssl.model.positions",
     "mmssl.model.configuration",

@@ -18,7 +18,7 @@ SKETCH = 96  # pixels, least side of an image that stands alone
 def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
     """A column a sample: the image, what was seen of it or instead of it, and what was made of the rest."""
     hidden = rebuilt.hidden[..., None]
-    mean, std = ((each / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
+    mean, std = ((torch.as_tensor(each) / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
 
     def shown(patches: Tensor) -> Tensor:  # (R, C, H, W) in 0..1
         return features.unraw(patches.float()) * std + mean
@@ -39,7 +39,7 @@ def draw(rebuilt: Rebuilt, views: Any, features: Any) -> Image.Image:
 
 def sketch(view: View, views: Any, features: Any, colours: Tensor | None = None) -> list[Image.Image]:
     """Each image of a plain view; beside it the colours of its patches, (B, L, 3) in 0..1, if they are given."""
-    mean, std = ((each / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
+    mean, std = ((torch.as_tensor(each) / 255).view(1, -1, 1, 1) for each in (views.mean, views.std))
     whole = (view.x.float().cpu() * std + mean).clamp(0, 1)
     times = -(-SKETCH // whole.shape[-1])
     whole = whole.expand(-1, 3, -1, -1).repeat_interleave(times, -1).repeat_interleave(times, -2)
