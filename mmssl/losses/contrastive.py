@@ -225,9 +225,8 @@ def _contrast(
         else:
             far = torch.addmm(query.new_zeros(1), query, negatives.T, beta=0, alpha=1 / temperature)
         if positive.dtype == torch.int64:
-            near = far[
-                torch.arange(len(far), device=far.device), positive
-            ]  # not `gather`, which would keep what is changed below
+            # Not `gather`, which would keep what is changed below.
+            near = far[torch.arange(len(far), device=far.device), positive]
         else:
             near = (query * positive).sum(1) / temperature
         if left_out is not None and left_out.dtype == torch.bool:

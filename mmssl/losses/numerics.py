@@ -33,9 +33,8 @@ def unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1, fp32 or higher. A row of zeros stays one and gets the gradient 0. x: (..., D)."""
     x = at_least_fp32(x)
     length = x.norm(dim=-1, keepdim=True)
-    return (
-        x * length.masked_fill(length <= 1e-12, torch.inf).reciprocal()
-    )  # whose gradient takes fewer passes than a quotient's
+    # A product, since its gradient takes fewer passes than a quotient's.
+    return x * length.masked_fill(length <= 1e-12, torch.inf).reciprocal()
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:

@@ -209,9 +209,8 @@ class Change(NamedTuple):
             pixels: (C, H, W) from 0 to 255, of any type; of `read` or `cut`, or of three channels or one.
         Returns: (C, H, W) float32 from 0 to 255, not rounded.
         """
-        x = floats(
-            pixels.flip(-1) if self.flip else pixels
-        )  # wherever it stands in `order`: no other step knows left from right
+        # Flipped here wherever that stands in `order`: no other step knows left from right.
+        x = floats(pixels.flip(-1) if self.flip else pixels)
         for step in order:
             if step == "jitter":
                 x = recoloured(x, self.colour, self.sequence)
