@@ -35,8 +35,11 @@ def train(recipe: Recipe) -> list[float]:
     rank, world, seed = accelerator.process_index, accelerator.num_processes, recipe.train.seed
     kind, views = modality(recipe.data.modality), recipe.build_views()
     source = open_source(recipe.data, kind, recipe.data.split)
-    if source.streaming or recipe.model.init or recipe.train.compile or recipe.train.recompute:  # type: ignore[attr-defined]
-        raise RecipeError("data.streaming, model.init, train.compile and train.recompute are for `mmssl pretrain`.")
+    t = recipe.train
+    if source.streaming or recipe.model.init or t.compile or t.recompute or t.encoder_batch:  # type: ignore[attr-defined]
+        raise RecipeError(
+            "data.streaming, model.init, train.compile, train.recompute and train.encoder_batch are for `mmssl pretrain`."
+        )
     if views.ragged and world > 1:
         raise RecipeError(
             f"{recipe.data.modality} on several ranks is for `mmssl pretrain`, which weighs them by their tokens."

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench import joint, masks, save, step, views
+from tools.bench import joint, masks, parts, save, scale, step, views
 from tools.bench.turns import by_turns
 
 
@@ -15,6 +15,29 @@ def test_the_benchmark_of_masks_counts_teacher_passes_and_tokens():
     assert found["spread"][0] <= found["time_ratio"] <= found["spread"][1]
     kept = 16 + 1  # a quarter of 64 patches, and cls
     assert found["tokens_ratio"] == round((65 + 9 * kept) / (65 + 3 * kept), 3)
+
+
+def test_against_data2vec1_both_learn_from_as_many_masked_views():
+    found = masks.run(recipe="vision/data2vec2-demo", masks="3", batch="2", pairs="1", peer="vision/data2vec1-demo")
+    assert found["views_a_step"] == 6
+    assert found["views_ratio"] == pytest.approx(1 / found["time_ratio"], abs=0.01)
+    assert "vision/data2vec1-demo, batch 6" in found["seconds"]
+
+
+def test_embedding_in_parts_has_the_same_loss_and_takes_less_memory():
+    words = {"recipe": "vision/moco_v3-small", "batch": "6", "rows": "2", "pairs": "1"}
+    found = parts.run(**words, words="model.depth=2 model.image_size=96 method.hidden=64")
+    assert found["loss"]["parts"] == pytest.approx(found["loss"]["whole"], rel=1e-5)
+    assert found["memory_ratio"] < 1
+
+
+def test_what_waits_grows_with_tokens_and_masks_as_it_should(monkeypatch):
+    monkeypatch.setattr(scale, "USUAL", {"image": 64, "width": 128, "depth": 2, "batch": 2, "masks": 2})
+    monkeypatch.setattr(scale, "VARIED", {"masks": [{"masks": 1}, {"masks": 4}]})
+    found = scale.run(times="1", only="masks")
+    (_, few, _), (_, many, _) = found["masks 1"], found["masks 4"]
+    assert few < many < 4 * few  # the teacher runs once
+    assert found["masks, exponents"][1] < 1
 
 
 def test_the_benchmark_of_saving_writes_both_ways(tmp_path):

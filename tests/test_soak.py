@@ -61,6 +61,13 @@ def test_t08_images_and_speech_on_one_trunk_are_learned_alike_under_each_stage()
         assert line.startswith(f"engine: zero{stage}: 2 ranks against one process: images and speech")
 
 
+@pytest.mark.distributed
+def test_what_is_computed_twice_under_an_engine_is_what_one_process_keeps():
+    said = soaked("only=engines", "engines=ddp,zero3", "methods=dino in parts,mae recomputed", "precision=fp32").splitlines()
+    for engine, line in zip(("ddp", "zero3"), said):
+        assert line.startswith(f"engine: {engine}: 2 ranks against one process: dino in parts, mae recomputed")
+
+
 def test_differences_between_engines_are_told():
     alike, apart = engines.Found(1e-7, 1e-7, 1e-7, 0.1), engines.Found(2e-5, 1e-7, 2e-6, 1e-4)
     (row,) = engines.rows({"zero2": {"mae": alike, "dino": apart}})

@@ -4,6 +4,7 @@ mmssl check RECIPE [key=value ...] trains five updates in a temporary folder, ti
 and says what the whole run would need. With --plan also what it would take on 1 to 512 devices,
 by DDP and each stage of ZeRO: memory of a device, time of an update, bytes sent. Fewer samples
 serve for that: mmssl check RECIPE train.global_batch=2 --plan batch=4096
+With --largest also the largest train.micro_batch that this device has memory for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mmssl.errors import RecipeError
 
 OPTIONS = {
     "json": (bool, False, "print JSON"),
+    "largest": (bool, False, "how many samples fit the device at once; tried out on a GPU, computed elsewhere"),
     "plan": (bool, False, "memory and time on larger machines"),
     "batch": (int, 0, "of the plan: samples of an update; train.global_batch if 0"),
     "micro": (int, 0, "of the plan: samples on a device at once; all of its share if 0"),
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> int:
     from mmssl.config import load_recipe
 
     recipe = load_recipe(given["recipe"], *given["overrides"])
-    from mmssl.training.check import check, cost
+    from mmssl.training.check import check, cost, largest
     from mmssl.training.plan import Machine, plan, table
 
     for name in ("peak", "use", "link", "network"):
@@ -40,6 +42,8 @@ def run(arguments: list[str]) -> int:
     if min(given["batch"], given["micro"]) < 0 or given["use"] > 1:
         raise RecipeError("batch, micro: at least 0; use: at most 1")
     facts, rows = check(recipe), []
+    if given["largest"]:
+        facts["largest_micro_batch"] = largest(recipe, facts)
     if given["plan"]:
         machine = Machine(given["peak"] * 1e12, given["use"], given["link"] * 1e9, given["network"] * 1e9)
         batch = given["batch"] or recipe.train.global_batch

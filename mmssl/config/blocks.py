@@ -176,6 +176,12 @@ class TrainOptions(Options):
         description="Keep only what enters each transformer block, compute the rest again in the backward pass: much less "
         "memory, about a third more time.",
     )
+    encoder_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Views that pass the encoder at once in a method that compares whole samples; each part is computed again "
+        "in the backward pass: a micro-batch as large as wanted, for a third more time. All of them if unset.",
+    )
     split_teacher: bool = Field(
         False,
         description="Each rank keeps its part of a moving average, gathered block by block; for where no rank has memory for a "

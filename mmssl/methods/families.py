@@ -14,6 +14,7 @@ from mmssl.methods.method import Method, Normal
 from mmssl.model.encoder import Encoder
 from mmssl.model.heads import mlp
 from mmssl.model.norm import by_batch, grouped, is_batch_norm, split_groups
+from mmssl.model.recompute import forget_nothing
 from mmssl.parts import Memory, Network, Prototypes, Queue, Teacher
 from mmssl.parts.kmeans import Clusters
 from mmssl.random import generator
@@ -52,6 +53,26 @@ class JointEmbedding(Method):
         """
         seen = {"unit_std": losses.unit_std(z), "dimensions": losses.dimensions(z)}
         return StepOutput(terms, seen | health, h.detach())
+
+
+def embed_in_parts(root: nn.Module, rows: int) -> int:
+    """Let so many rows pass an encoder at once in all methods within that compare whole samples, student and teacher.
+
+    Losses and heads still see all embeddings, so that only memory and time change.
+
+    Returns: how many methods do so now.
+    Raises: ValueError if an encoder has batch normalisation, whose statistics would be those of a part.
+    Source: arXiv:2101.06983, section 3, which computes embeddings once for their gradients and again for those of weights.
+    """
+    compared = [method for method in root.modules() if isinstance(method, Method) and method.family == "joint embedding"]
+    for method in compared:
+        networks = [module for module in method.modules() if isinstance(module, Network)]
+        for network in (*networks, *(part.network for part in method.parts() if isinstance(part, Teacher))):
+            if any(is_batch_norm(module) for module in network.encoder.modules()):
+                raise ValueError("batch normalisation in the encoder needs all samples at once; leave it out")
+            forget_nothing(network.encoder)
+            network.at_once = rows
+    return len(compared)
 
 
 class MomentumContrast(JointEmbedding):

@@ -41,10 +41,8 @@ def recompute(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
     found = 0
     for module in root.modules():
         if isinstance(module, kinds):
-            for inner in module.modules():
-                if hasattr(inner, "forgets"):  # it would keep what is computed again as a whole
-                    inner.forgets = False  # type: ignore[assignment]
-            module.forward = _twice(module.forward)
+            forget_nothing(module)
+            module.forward = twice(module.forward)
         elif getattr(module, "supports_gradient_checkpointing", False):
             module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         else:
@@ -53,8 +51,15 @@ def recompute(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
     return found
 
 
-def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """forward, which runs again in the backward pass with the same random numbers."""
+def forget_nothing(root: nn.Module) -> None:
+    """For what is computed again as a whole, see `twice`: what `forgetting` needs for its own would be kept."""
+    for module in root.modules():
+        if hasattr(module, "forgets"):
+            module.forgets = False  # type: ignore[assignment]
+
+
+def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what enters `forward`, which runs again in the backward pass, with the same random numbers."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.model.encoder import Encoder
+from mmssl.model.recompute import twice
 from mmssl.parts.passes import Passes
 from mmssl.types import View
 
@@ -20,6 +21,7 @@ class Network(nn.Module):
     """
 
     encoder: Encoder
+    at_once: int | None = None  # rows that are embedded together; all of them if None, see `embed_in_parts`
 
     def __init__(self, encoder: Encoder, **heads: nn.Module):
         super().__init__()
@@ -40,10 +42,23 @@ class Network(nn.Module):
         missing = [i for i, h in enumerate(found) if h is None]
         for size in dict.fromkeys(views[i].x.shape[1:] for i in missing):
             places = [i for i in missing if views[i].x.shape[1:] == size]
-            both = self.encoder.pool(self.encoder(_together([views[i] for i in places])))
+            both = self._embed(_together([views[i] for i in places]))
             for i, h in zip(places, both.chunk(len(places))):
                 found[i] = known.put(h, "embedding", views[i].x, views[i].pad)
         return found
+
+    def _embed(self, view: View) -> Tensor:
+        """(R, D). Of one part after the other, each of which is computed again in the backward pass, if there are several."""
+        rows = self.at_once or len(view.x)
+        if len(view.x) <= rows:
+            return self._pool(view)
+        parts = view.x.split(rows)
+        pads = [None] * len(parts) if view.pad is None else view.pad.split(rows)
+        pool = twice(self._pool)
+        return torch.cat([pool(view._replace(x=x, pad=pad)) for x, pad in zip(parts, pads, strict=True)])
+
+    def _pool(self, view: View) -> Tensor:
+        return self.encoder.pool(self.encoder(view))
 
     def project(self, h: Tensor) -> Tensor:
         """(B, D) through the heads in the order they were named."""

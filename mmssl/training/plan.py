@@ -93,6 +93,12 @@ def plan(
     return rows
 
 
+def fits(cost: Cost, free: float, share: float = 0.9) -> int:
+    """Samples on one device at once for which a share of its free bytes is enough; 0 if it is not even enough for the state."""
+    left = share * free - states(cost, "ddp", 1)
+    return max(0, int(left // cost.activations)) if cost.activations else 0
+
+
 def table(rows: Sequence[Need], updates: int | None = None) -> str:
     """A plan in Markdown."""
     head = ["devices", "engine", "samples at once", "GiB a device", "computing, s", "exchange, s", "GB sent"]

@@ -18,6 +18,7 @@ from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
 from mmssl.errors import DataError, MmsslError, RecipeError, storage_error
 from mmssl.hub.export import modelling_code
+from mmssl.methods.families import embed_in_parts
 from mmssl.model.recompute import recompute
 from mmssl.model.regressor import CrossBlock
 from mmssl.model.transformer import Block
@@ -157,6 +158,8 @@ class Run:
             self.quarantine = members[0].quarantine
         if recipe.train.recompute and not recompute(self.objective, (Block, CrossBlock)):
             raise RecipeError("train.recompute: nothing here has blocks that could do so; leave it out.")
+        if recipe.train.encoder_batch:
+            self._embed_in_parts(recipe.train.encoder_batch)
         if recipe.train.compile:
             parts = self.objective.method.parts()
             students = [member.method.student.encoder for member in members]
@@ -207,6 +210,13 @@ class Run:
         self.pusher = Pusher(folder, recipe.hub) if recipe.hub.repo and folder.is_main else None
         if self.pusher is not None:
             self.trainer.add_callback(self.pusher)
+
+    def _embed_in_parts(self, rows: int) -> None:
+        try:
+            if not embed_in_parts(self.objective, rows):
+                raise ValueError("nothing here compares whole samples; take train.micro_batch")
+        except ValueError as error:
+            raise RecipeError(f"train.encoder_batch: {error}.") from None
 
     @property
     def facts(self) -> dict[str, Any]:

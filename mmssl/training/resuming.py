@@ -17,7 +17,7 @@ from mmssl.redaction import redact
 FREE = (
     *("out", "save", "hub", "watch", "data.workers", "data.max_bad", "data.min_bad", "train.log_every", "train.report_to"),
     *("train.threads", "train.device", "train.max_skips", "train.max_skip_share", "train.split_teacher", "train.recompute"),
-    "bind.prompts",
+    *("train.encoder_batch", "bind.prompts"),
 )
 WARNED = ("optim", "train.steps", "train.epochs", "train.precision", "train.compile", "train.micro_batch")
 

@@ -1,6 +1,8 @@
 """What all joint-embedding methods must keep, on tiny models."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch.testing import assert_close
 from mmssl.distributed import all_sum, world
 from mmssl.losses import sinkhorn
 from mmssl.methods import METHODS, sela_v2
+from mmssl.methods.families import embed_in_parts
 from mmssl.model.configuration import MmsslConfig
 from mmssl.model.encoder import Encoder
+from mmssl.parts import Network
 from mmssl.schedules import constant, cosine
 from mmssl.types import Batch, Clock, View
 from tests.ranks import on_two_ranks
@@ -59,9 +63,11 @@ def batch_of(name, rows):
     return Batch([View(x[rows], "vision") for x in images(name)], rows, tuple(rows.tolist()))
 
 
-def train(rank, name, steps=3, rate=0.1):
+def train(rank, name, steps=3, rate=0.1, at_once=None):
     """Losses, gradients of the last update, and state, of plain descent on global batches of eight."""
     method, losses, gradients = build(name), [], {}
+    if at_once:
+        assert embed_in_parts(method, at_once) == 1
     for step in range(steps):
         clock = Clock(step, steps, step // EPOCH)
         if step % EPOCH == 0:
@@ -108,6 +114,47 @@ def test_two_ranks_equal_one_process(name, ranks):
             assert_close(other_gradients[key], gradient, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
         for key, value in state.items():
             assert_close(other_state[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embedding_in_parts_changes_nothing(name):
+    """Parts of three rows, of eight or sixteen: losses, gradients and all state."""
+    for whole, parts in zip(train(0, name), train(0, name, at_once=3), strict=True):
+        assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_of_embeddings_in_parts_one_part_at_most_waits_for_the_backward_pass():
+    """Of what the first layers give, nothing is alive when all rows are embedded."""
+    method = build("simclr")
+    embed_in_parts(method, 3)
+    given = []
+    method.student.encoder.transformer.blocks[0].mlp.fc1.register_forward_hook(lambda *of: given.append(weakref.ref(of[2])))
+    loss = method(batch_of("simclr", torch.arange(8)), Clock(0, 3)).losses["nt_xent"]
+    gc.collect()
+    assert len(given) == 6  # sixteen rows, three at once
+    assert not [one for one in given if one() is not None]
+    loss.backward()
+    assert len(given) == 12
+
+
+def test_padded_rows_keep_their_padding_when_they_are_embedded_in_parts():
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 20,
+        "mask_token_id": 19,
+        "max_tokens": 6,
+        "extra_tokens": 0,
+        "hidden_size": 16,
+        "depth": 1,
+        "heads": 2,
+    }
+    encoder = Encoder.from_config(MmsslConfig(modality="text", **shape)).double()
+    network = Network(encoder=encoder)
+    ids, pad = torch.randint(0, 19, (5, 6)), torch.arange(6) >= torch.tensor([[6], [2], [4], [3], [5]])
+    views = [View(ids, "text", pad), View(ids.flip(0), "text")]
+    whole = network.embed_all(views)
+    network.at_once = 2
+    assert_close(network.embed_all(views), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

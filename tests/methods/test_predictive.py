@@ -43,6 +43,24 @@ def test_ijepa_predicts_each_block_apart_from_the_others():
     assert_close(out.losses["features"], torch.stack(errors).mean(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("collect", ["ffn", "block"])
+def test_ijepa_may_predict_the_mean_of_several_layers(collect):
+    """Each with mean 0 and variance 1 in every channel of an image, then the mean normed as the paper's target is."""
+    method, batch = build("ijepa", top_k=2, collect=collect), batch_of("ijepa", torch.arange(5))
+    (view,), given = batch.views, []
+    for block in method.teacher.network.encoder.transformer.blocks:
+        part = block.mlp if collect == "ffn" else block
+        part.register_forward_hook(lambda _, __, out: given.append(out[0] if isinstance(out, tuple) else out))
+    method.teacher.network.encoder(view._replace(mask=None))
+    normed = [F.instance_norm(layer.transpose(1, 2), eps=1e-5).transpose(1, 2) for layer in given]
+    whole = F.layer_norm((normed[0] + normed[1]) / 2, (16,))
+    guess = method.predictor(method.student.encoder(view, view.mask), view.mask)  # (5 * 2, 4, 16)
+    target = whole.repeat_interleave(2, 0).gather(1, view.mask.wanted.flatten(0, 1)[..., None].expand(-1, -1, 16))
+    assert_close(method(batch, Clock()).losses["features"], F.smooth_l1_loss(guess, target), rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match=r"^top_k: 3 layers to average, the trunk has 2"):
+        build("ijepa", top_k=3)
+
+
 def test_ijepa_student_sees_the_context_only_and_the_teacher_all():
     method, batch = build("ijepa"), batch_of("ijepa", torch.arange(5))
     (view,) = batch.views

@@ -106,6 +106,33 @@ def test_where_there_are_no_blocks_it_is_refused(image_folder, tmp_path):
         prepare(Recipe.load("vision/simclr-cifar10-cpu", *words, "train.global_batch=8"))
 
 
+def test_a_run_that_embeds_in_parts_has_the_same_losses(trained, image_folder, tmp_path):
+    (tmp_path / "byol.yaml").write_text(
+        f"data: {{path: {image_folder}, modality: vision, workers: 0}}\n"
+        "model: {image_size: 16, patch_size: 4, hidden_size: 16, depth: 2, heads: 2}\n"
+        "method: {name: byol, hidden: 16, dim: 8}\n"
+        "views: {crops: [{count: 2, scale: [0.4, 1.0]}]}\n"
+        "train: {steps: 2, global_batch: 8, device: cpu, log_every: 1}\n"
+    )
+    words = [(), ("train.encoder_batch=3",)]
+    runs = [trained(Recipe.load(tmp_path / "byol.yaml", f"out={tmp_path / 'run'}", *more)) for more in words]
+    whole, parts = ([line["loss"] for line in run.lines if "loss" in line] for run in runs)
+    assert len(whole) == 2
+    assert parts == pytest.approx(whole, rel=1e-5)
+    networks = [runs[1].objective.method.student, runs[1].objective.method.teacher.network]
+    assert [network.at_once for network in networks] == [3, 3]
+
+
+def test_embedding_in_parts_is_refused_where_it_would_change_the_result_or_nothing(tiny_recipe, image_folder, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"^train\.encoder_batch: nothing here compares whole samples; take train\.micro_batch"
+    ):
+        prepare(tiny_recipe("train.encoder_batch=2"))
+    words = (f"data.path={image_folder}", f"out={tmp_path / 'run'}", "train.steps=1", "train.encoder_batch=4")
+    with pytest.raises(RecipeError, match=r"^train\.encoder_batch: batch normalisation in the encoder"):
+        prepare(Recipe.load("vision/simclr-cifar10-cpu", *words, "train.global_batch=8"))
+
+
 def test_a_model_of_a_library_does_so_by_its_own_switch():
     from transformers import ViTConfig, ViTModel
 

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from torch import nn
 from mmssl.cli import main
 from mmssl.errors import RecipeError
 from mmssl.model.transformer import Block
-from mmssl.training.check import check, cost
-from mmssl.training.plan import Cost, Machine, counting_activations, counting_flops, plan, states, table, volume
+from mmssl.training.check import Uncounted, check, cost, largest, tried, updates
+from mmssl.training.plan import Cost, Machine, counting_activations, counting_flops, fits, plan, states, table, volume
 
 LARGE = Cost(trained=1000, kept=900, flops=2e12, activations=50.0)
 
@@ -88,6 +89,59 @@ def test_recomputing_blocks_leaves_less_to_wait(tiny_recipe):
     plain, twice = (check(tiny_recipe("train.steps=6", f"train.recompute={value}")) for value in ("false", "true"))
     assert twice["activation_mib_per_sample"] < 0.9 * plain["activation_mib_per_sample"]
     assert twice["gflop_per_sample"] > 1.1 * plain["gflop_per_sample"]
+
+
+def test_the_largest_micro_batch_leaves_a_tenth_of_the_memory_free():
+    own = Cost(trained=1000, kept=500, flops=1.0, activations=100.0)
+    assert fits(own, 0.9**-1 * (4 * 4 * 1000 + 4 * 500 + 750)) == 7
+    assert fits(own, 1000) == 0
+
+
+def test_the_largest_micro_batch_is_what_free_memory_divides_into(tiny_recipe, monkeypatch):
+    recipe = tiny_recipe("train.steps=6")
+    facts = check(recipe)
+    state = 16 * facts["trained_parameters"] + 4 * facts["teacher_parameters"]
+    each, free = facts["activation_mib_per_sample"] * 2**20, SimpleNamespace(available=0.0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    free.available = (state + 5.5 * each) / 0.9
+    assert largest(recipe, facts) == 5
+    free.available = 1e12
+    assert largest(recipe, facts) == facts["samples"] == 32
+    free.available = state / 0.9
+    with pytest.raises(RecipeError, match=r"^largest: no sample fits: .* try train\.recompute=true"):
+        largest(recipe, facts)
+
+
+def test_with_too_little_memory_a_tenth_fewer_samples_are_tried():
+    tries = []
+
+    def attempt(samples):
+        tries.append(samples)
+        if samples > 75:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    assert tried(100, attempt) == 72
+    assert tries == [100, 90, 81, 72]
+    with pytest.raises(RecipeError, match="memory suffices for no sample"):
+        tried(1, lambda samples: attempt(76))
+
+    def broken(samples):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        tried(4, broken)
+
+
+def test_an_attempt_makes_updates_of_that_many_samples_and_counts_nothing(tiny_recipe):
+    run = updates(tiny_recipe("train.steps=6", "train.micro_batch=4", "train.global_batch=4"), Uncounted)
+    assert [seen for _, seen in run.trainer.times] == [4, 8, 12, 16, 20]
+    assert run.trainer.flops == run.trainer.activations == 0
+
+
+def test_the_command_says_how_many_fit(tiny_recipe, tmp_path, capsys):
+    tiny_recipe()
+    assert main(["check", str(tmp_path / "tiny.yaml"), "train.steps=6", "--largest", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["largest_micro_batch"] == 32
 
 
 def test_the_command_prints_the_plan(tiny_recipe, tmp_path, capsys):

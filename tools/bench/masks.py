@@ -1,4 +1,4 @@
-"""What more masks per sample cost: M = 8 against M = 1 at the shapes of vision/data2vec2-base."""
+"""What more masks per sample cost: M = 8 against M = 1, or against data2vec 1, at the shapes of vision/data2vec2-base."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmssl.config import Recipe
-from mmssl.masks import blocks
+from mmssl.masks import blocks, uniform
 from mmssl.random import generator
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer
@@ -16,44 +16,71 @@ from mmssl.types import Batch, Clock, Mask, View
 from tools.bench.turns import by_turns
 
 
-def run(recipe: str = "vision/data2vec2-base", masks: str = "8", batch: str = "2", pairs: str = "5") -> dict[str, Any]:
+def run(
+    recipe: str = "vision/data2vec2-base", masks: str = "8", batch: str = "2", pairs: str = "5", peer: str = "one"
+) -> dict[str, Any]:
     """Whole steps (forward, backward, optimizer, teacher), by turns, on the CPU in fp32.
 
-    Returns: `time_ratio` (many masks : one, median over pairs), its spread, the arithmetic, and the check that the teacher
-        ran once in both.
+    Args:
+        peer: `one`, the same step with a single mask; or a recipe of data2vec 1 such as vision/data2vec1-base, of as many
+            images as there are masked views here, without the dropout that data2vec 2 does not have either.
+    Returns: `time_ratio` (many masks : the other, median over pairs), its spread, and the check that the teacher ran once a
+        sample in both; with one mask the arithmetic, and against data2vec 1 how many times as many masked views a second.
     """
-    setting = Recipe.load(recipe)
-    objective = Objective(setting.build())
-    method: Any = objective.method
-    optimizer = build_optimizer(objective, setting.optim)
-    calls: list[int] = []
-    method.teacher.encoder.transformer.register_forward_hook(lambda _, given, out: calls.append(len(given[0])))
-    batches = {copies: _batch(setting, method, int(batch), copies) for copies in (int(masks), 1)}
-
-    def step(copies: int) -> None:
-        calls.clear()
-        objective(*batches[copies], Clock(0, 100))["total"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        objective.method.after_step(Clock(1, 100))
-        assert calls == [int(batch)], "the teacher must run once per sample, whatever the number of masks"
-
-    turns = by_turns({f"{copies} masks": lambda copies=copies: step(copies) for copies in batches}, int(pairs))
+    mine = _Side(Recipe.load(recipe), int(batch), int(masks))
+    if peer == "one":
+        other = _Side(mine.setting, int(batch), 1, mine)
+    else:
+        plain = ("model.drop_path=0", "model.dropout=0", "model.attention_dropout=0")
+        other = _Side(Recipe.load(peer, *plain), int(batch) * int(masks), 1)
+    told = ("1 mask, the same" if peer == "one" else peer) + f", batch {other.samples}"
+    turns = by_turns({f"{masks} masks": mine.step, told: other.step}, int(pairs))
+    figures = turns.figures()
+    if peer == "one":
+        more = {"tokens_ratio": round(_tokens(mine.setting, int(masks)) / _tokens(mine.setting, 1), 3)}
+    else:
+        more = {"views_ratio": round(1 / figures["time_ratio"], 2), "views_a_step": int(batch) * int(masks)}
     return {
-        "name": f"{masks} masks : 1 mask, {recipe}, batch {batch}",
-        **turns.figures(),
-        "tokens_ratio": round(_tokens(setting, int(masks)) / _tokens(setting, 1), 3),
-        "peer": "the same step with one mask",
+        "name": f"{masks} masks, {recipe}, batch {batch} : {told}",
+        **figures,
+        **more,
+        "peer": "the same step with one mask" if peer == "one" else peer,
         "peer_version": torch.__version__,
     }
+
+
+class _Side:
+    """A method with its optimizer and a batch; of another side, if one is given, with as many masks of its own."""
+
+    def __init__(self, setting: Recipe, samples: int, copies: int, of: _Side | None = None):
+        self.setting, self.samples = setting, samples
+        self.objective = Objective(setting.build()) if of is None else of.objective
+        self.optimizer = build_optimizer(self.objective, setting.optim) if of is None else of.optimizer
+        self.calls: list[int] = [] if of is None else of.calls
+        method: Any = self.objective.method
+        if of is None:
+            method.teacher.encoder.transformer.register_forward_hook(lambda _, given, out: self.calls.append(len(given[0])))
+        self.batch = _batch(setting, method, samples, copies)
+
+    def step(self) -> None:
+        """Forward, backward, optimizer, teacher."""
+        self.calls.clear()
+        self.objective(*self.batch, Clock(0, 100))["total"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.objective.method.after_step(Clock(1, 100))
+        assert self.calls == [self.samples], "the teacher must run once per sample, whatever the number of masks"
 
 
 def _batch(setting: Recipe, method: Any, samples: int, copies: int) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     features, m = method.student.encoder.features, setting.views.mask  # type: ignore[attr-defined]
     draw = generator("bench")
     x = torch.randn(samples, features.channels, features.image_size, features.image_size, generator=draw)
-    hidden = blocks(features.grid, samples * copies, m.ratio, m.width, m.adjust, draw, m.inverse)
-    batch = Batch([View(x, "vision", mask=Mask.of(hidden))], torch.arange(samples))
+    if method.drops:
+        mask = Mask.of(blocks(features.grid, samples * copies, m.ratio, m.width, m.adjust, draw, m.inverse))
+    else:
+        mask = Mask.replacing(uniform(features.length, samples * copies, m.ratio, draw))
+    batch = Batch([View(x, "vision", mask=mask)], torch.arange(samples))
     return batch.tensors(), tuple(range(samples))
 
 

@@ -117,6 +117,8 @@ views: {longest: 0.5, shortest: 0.3, normalise: true, mask: {kind: block, ratio:
     "pairs": PAIRS,
     "low-rank updates": LOW_RANK,
 }
+SAVING = {"dino in parts": "train.encoder_batch=3", "mae recomputed": "train.recompute=true"}  # not in the one process
+METHODS |= {name: METHODS[name.split()[0]] for name in SAVING}
 
 
 class Limits(NamedTuple):
@@ -193,6 +195,8 @@ def train(place: Path, method: str, engine: str | None, precision: str) -> Path:
     words = ["pretrain", str(file), f"out={run}", f"train.precision={precision}"]
     if precision == "bf16":  # engines sum the norm of gradients in another order, and its last bit would turn roundings
         words += ["optim.clip=0", f"optim.lr={rate / 10}"]
+    if engine is not None and method in SAVING:
+        words.append(SAVING[method])
     if engine is None:
         ranks = [mmssl(*words, log=place / f"{run.name}.log")]
     else:
