@@ -128,7 +128,7 @@ def test_embedding_in_parts_is_refused_where_it_would_change_the_result_or_nothi
         RecipeError, match=r"^train\.encoder_batch: nothing here compares whole samples; take train\.micro_batch"
     ):
         prepare(tiny_recipe("train.encoder_batch=2"))
-    words = (f"data.path={image_folder}", f"out={tmp_path / 'run'}", "train.steps=1", "train.encoder_batch=4")
+    words = (f"data.path={image_folder}", f"out={tmp_path / 'other'}", "train.steps=1", "train.encoder_batch=4")
     with pytest.raises(RecipeError, match=r"^train\.encoder_batch: batch normalisation in the encoder"):
         prepare(Recipe.load("vision/simclr-cifar10-cpu", *words, "train.global_batch=8"))
 
