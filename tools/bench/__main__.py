@@ -17,7 +17,7 @@ NAMES = {
     "watch": "updates with online watching at the default interval against updates without",
     "parts": "a step of MoCo v3 whose encoder sees a quarter of the samples at once against all of them: time and memory",
     "start": "from a command to its first result: mmssl --help, and the demo's first losses",
-    "scale": "what a step costs against tokens, width, depth, batch and masks, for docs/scaling.md",
+    "scale": "what a step costs against tokens, width, depth, batch and masks",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
 

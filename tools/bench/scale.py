@@ -1,4 +1,4 @@
-"""What a step costs against tokens, width, depth, batch, masks and ranks, one at a time, for docs/scaling.md."""
+"""What a step costs against tokens, width, depth, batch, masks and ranks, one at a time."""
 
 from __future__ import annotations
 
