@@ -60,7 +60,7 @@ PLACES = {  # modality: what its small recipes end in, and how they are learned
     "text": ("agnews-cpu", Result("", "agnews-small", 5_000, vocabulary=4000)),
 }
 LONGER = {  # the best of a modality, more updates of it, and pictures on the way
-    "vision-mae": ("train.steps=4000", "watch.every=1000", "watch.samples=5000"),
+    "vision-mae": ("train.steps=5500", "watch.every=1000", "watch.samples=5000"),
     "spectrogram-tera": ("train.steps=3000", "watch.every=600", "save.every=600"),
     "text-causal_lm": ("train.steps=2400", "watch.every=600", "save.every=600"),
 }
