@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench import joint, masks, parts, save, scale, step, views
+from tools.bench import finish, joint, masks, parts, save, scale, step, views
 from tools.bench.turns import by_turns
 
 
@@ -38,6 +38,14 @@ def test_what_waits_grows_with_tokens_and_masks_as_it_should(monkeypatch):
     (_, few, _), (_, many, _) = found["masks 1"], found["masks 4"]
     assert few < many < 4 * few  # the teacher runs once
     assert found["masks, exponents"][1] < 1
+
+
+def test_crops_changed_on_a_device_are_those_of_a_worker(monkeypatch):
+    words = {"crops": "dino", "size": "64", "images": "2", "pairs": "1"}
+    assert finish.run(**words)["device_images_a_second"] > 0
+    monkeypatch.setattr(finish, "DIFFERENT", 0.0)
+    with pytest.raises(RuntimeError, match="different views"):
+        finish.run(**words)
 
 
 def test_the_benchmark_of_saving_writes_both_ways(tmp_path):

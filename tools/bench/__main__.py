@@ -14,9 +14,10 @@ NAMES = {
     "step": "a training step of MAE, wav2vec 2.0 or masked language modelling against transformers: time and memory",
     "joint": "a step of SimCLR, BYOL, VICReg, Barlow Twins, SwAV or DINO, or its loss alone, against lightly",
     "views": "photos to two views by SimCLR's policy, images a second of one core, against lightly or torchvision",
+    "finish": "crops changed in a batch where the model is against crops changed one by one in a worker",
     "watch": "updates with online watching at the default interval against updates without",
     "parts": "a step of MoCo v3 whose encoder sees a quarter of the samples at once against all of them: time and memory",
-    "start": "from a command to its first result: mmssl --help, and the demo's first losses",
+    "start": "from a command to its first result: mmssl --help, and the demo's first update",
     "scale": "what a step costs against tokens, width, depth, batch and masks",
     "nt_xent": "NT-Xent in blocks against the plain one, 16384 samples of 128 dimensions: time and memory",
 }
