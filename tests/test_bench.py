@@ -15,6 +15,7 @@ def test_the_benchmark_of_masks_counts_teacher_passes_and_tokens():
     assert found["spread"][0] <= found["time_ratio"] <= found["spread"][1]
     kept = 16 + 1  # a quarter of 64 patches, and cls
     assert found["tokens_ratio"] == round((65 + 9 * kept) / (65 + 3 * kept), 3)
+    assert 0 < found["utilisation"] < 1
 
 
 def test_against_data2vec1_both_learn_from_as_many_masked_views():
@@ -61,6 +62,8 @@ def test_a_step_of_transformers_has_the_same_loss(method):
     found = step.run(method=method, batch="1", pairs="1", memory="false", words="model.depth=1" + decoder)
     assert found["loss_difference"] < 1e-5
     assert found["seconds"].keys() == {"ours", "theirs"}
+    assert 0 < found["utilisation"] < 1
+    assert found["teraflop"] / found["tokens_a_second"] > 0
 
 
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
