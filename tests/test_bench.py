@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench import finish, joint, masks, parts, save, scale, step, views
+from tools.bench import finish, joint, masks, parts, reach, save, scale, step, views
 from tools.bench.turns import by_turns
 
 
@@ -23,6 +23,17 @@ def test_against_data2vec1_both_learn_from_as_many_masked_views():
     assert found["views_a_step"] == 6
     assert found["views_ratio"] == pytest.approx(1 / found["time_ratio"], abs=0.01)
     assert "vision/data2vec1-demo, batch 6" in found["seconds"]
+
+
+@pytest.mark.realdata
+def test_time_to_an_accuracy_is_measured_for_each_method(real_data, monkeypatch):
+    few = {name: (recipe, 2, 1, (*words, "data.limit=128")) for name, (recipe, _, _, words) in reach.SETTINGS.items()}
+    monkeypatch.setattr(reach, "SETTINGS", few)
+    found = reach.run(data=str(real_data / "cifar10"), wanted="1,99", only="data2vec2-8,dino,simclr", samples="40")
+    for name in ("data2vec2-8", "dino", "simclr"):
+        (first, _), (second, _) = found[name]["curve"]
+        assert found[name]["seconds"] == {"1": first, "99": None}
+        assert 0 < first < second
 
 
 def test_embedding_in_parts_has_the_same_loss_and_takes_less_memory():
