@@ -16,18 +16,31 @@ def forgetting(function: Callable[[Tensor], Tensor], x: Tensor, then: Callable[[
 
     Args:
         function: cheap, without random numbers; its own gradient should need `x`, so that this is kept anyway.
+        then: begins with products, for which autocast would round what it is given.
     """
     between = function(x)
+    if torch.is_autocast_enabled(x.device.type):  # here, or a rounded copy would be kept
+        between = between.to(torch.get_autocast_dtype(x.device.type))
+    dtype = between.dtype
     place, count = between.data_ptr(), between.numel()  # not the tensor, which the hook would keep
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
         return kept.shape if kept.data_ptr() == place and kept.numel() == count else kept
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return function(x).view(kept) if isinstance(kept, torch.Size) else kept
+        return function(x).to(dtype).view(kept) if isinstance(kept, torch.Size) else kept
 
     with saved_tensors_hooks(pack, unpack):
         return then(between)
+
+
+def entering(linear: nn.Module, x: Tensor, norm: nn.Module | None, forgets: bool) -> Tensor:
+    """`linear` of `x`, or of what a norm makes of it, which is not kept if `forgets`: the norm keeps what enters it anyway."""
+    if norm is None:
+        return linear(x)
+    if forgets and x.requires_grad and not torch.compiler.is_compiling():  # which decides such things by itself
+        return forgetting(norm, x, linear)
+    return linear(norm(x))
 
 
 def recompute(root: nn.Module, kinds: tuple[type[nn.Module], ...]) -> int:
