@@ -62,11 +62,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | Turns | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | Turns | None = None, norm: nn.Module | None = None, last: int | None = None
+    ) -> Tensor:
         """Attend over the tokens of each row.
 
         Args:
             norm: what the tokens go through first.
+            last: how many tokens, of the end of each row, ask; all if None. Not where it is causal.
             bias: what is added to the logits, (R or 1, H or 1, L or 1, L): numbers, or bool with True = attend; or how queries
                 and keys turn.
         """
@@ -75,6 +78,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if isinstance(bias, Turns):
             q, k, bias = bias.apply(q), bias.apply(k), bias.bias
+        if last is not None:
+            q, length = q[:, :, -last:], last
+            bias = bias[..., -last:, :] if bias is not None and bias.shape[-2] > 1 else bias
         dropout = self.attention_dropout if self.training else 0.0
         if self.causal and bias is not None:
             past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()

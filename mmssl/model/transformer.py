@@ -118,13 +118,17 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.scale1, self.scale2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, bias: Tensor | Turns | None = None) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D)."""
+    def forward(self, x: Tensor, bias: Tensor | Turns | None = None, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D).
+
+        last: how many tokens of the end are wanted of both, (B, last, D); all if None.
+        """
+        attended = self.attn(x, bias, self.norm1 if self.pre else None, last)
+        x = (x if last is None else x[:, -last:]) + self.drop_path(self.scale1(attended))
         if self.pre:
-            x = x + self.drop_path(self.scale1(self.attn(x, bias, self.norm1)))
             ffn = self.mlp(x, self.norm2)
             return x + self.drop_path(self.scale2(self.dropout(ffn))), ffn
-        x = self.norm1(x + self.drop_path(self.scale1(self.attn(x, bias))))
+        x = self.norm1(x)
         ffn = self.mlp(x)
         return self.norm2(x + self.drop_path(self.scale2(self.dropout(ffn)))), ffn
 
