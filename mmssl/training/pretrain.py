@@ -257,6 +257,8 @@ class Run:
                     self._train()
                 self.peers.part()
             except BaseException as error:
+                if self.trainer.writing is not None:
+                    self.trainer.writing.outcome.exception()  # which waits: what was begun is worth its end
                 cause = self.peers.explain(error)
                 logging.getLogger("mmssl").error("stopped: %s: %s", type(cause).__name__, cause)
                 self.record(cause)
