@@ -41,11 +41,9 @@ def cut(pixels: Tensor, box: tuple[int, int, int, int], size: int, interpolation
         pixels: of `read`.  box: left, top, width, height.  interpolation: bicubic or bilinear.
     Returns: (C, size, size) uint8.
     """
-    from torchvision.transforms.v2 import functional  # half a second, where views are made
-
     left, top, width, height = box
-    part = pixels[:, top : top + height, left : left + width]
-    return functional.resize_image(part, [size, size], functional.InterpolationMode(interpolation), antialias=True)
+    part = pixels[None, :, top : top + height, left : left + width]
+    return F.interpolate(part, (size, size), mode=interpolation, align_corners=False, antialias=True)[0]
 
 
 def floats(pixels: Tensor) -> Tensor:
