@@ -69,10 +69,12 @@ class Attention(nn.Module):
 
         Args:
             norm: what the tokens go through first.
-            last: how many tokens, of the end of each row, ask; all if None. Not where it is causal.
+            last: how many tokens, of the end of each row, ask; all if None.
             bias: what is added to the logits, (R or 1, H or 1, L or 1, L): numbers, or bool with True = attend; or how queries
                 and keys turn.
         """
+        if last is not None and self.causal:
+            raise ValueError("last: causal attention is computed for all tokens")
         rows, length, dim = x.shape
         qkv = entering(self.qkv, x, norm, self.forgets).view(rows, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -321,8 +321,13 @@ class RunFolder:
             self._clear()
 
     def _is_barren(self) -> bool:
-        """Whether a run ended here that has left no more than what is written before the first update."""
-        return not self.is_alive() and {path.name for path in self.path.iterdir()} <= {*PREPARED}
+        """Whether a run ended here that has left no more than what is written before the first update.
+
+        Of one on another host that says that it runs, silence is no proof.
+        """
+        status = self.read_status()
+        ended = status["state"] != "running" or (status.get("host") == socket.gethostname() and not self.is_alive())
+        return ended and {path.name for path in self.path.iterdir()} <= {*PREPARED}
 
     def _clear(self) -> None:
         """Remove what a run leaves. The status stays until the new one replaces it: it tells that the folder is ours."""

@@ -178,7 +178,9 @@ def gradients(x: Tensor) -> Tensor:
     Source: arXiv:1807.05520, whose code has these filters. Departs from the paper: there the network holds them and reads two
         channels, without the length; here they are an augmentation, and plain views and exported models see the image itself.
     """
-    across = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
-    both = F.conv2d(x.mean(-3, keepdim=True), torch.stack([across, across.T])[:, None], padding=1)
-    length = torch.hypot(*both.unbind(-3)).unsqueeze(-3)
-    return length if x.shape[-3] == 1 else torch.cat([both, length], -3)
+    wide = F.pad(x.mean(-3), (1, 1, 1, 1))
+    left, above = wide[..., :-2] - wide[..., 2:], wide[..., :-2, :] - wide[..., 2:, :]
+    across = left[..., :-2, :] + 2 * left[..., 1:-1, :] + left[..., 2:, :]
+    down = above[..., :-2] + 2 * above[..., 1:-1] + above[..., 2:]
+    length = torch.hypot(across, down)
+    return length.unsqueeze(-3) if x.shape[-3] == 1 else torch.stack([across, down, length], -3)

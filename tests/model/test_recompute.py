@@ -89,6 +89,20 @@ def test_a_block_forgets_what_its_norms_give_and_has_the_same_gradients_to_the_b
             assert not lives_after(block, getattr(block, name), x)
 
 
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_a_norm_is_computed_again_as_it_was_under_autocast(dtype, calls):
+    """CUDA's norms refuse tokens of another type than their weights unless autocast is on, which it is not when the loss is
+    differentiated. Of tokens in half precision nothing would be gained."""
+    torch.manual_seed(0)
+    block, x, heard = Block(12, 2, norm="pre"), tensors(3, 5, 12), []
+    for norm in (block.norm1, block.norm2):
+        norm.register_forward_pre_hook(lambda *_: heard.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = block(x.to(dtype))
+    out.float().square().sum().backward()
+    assert heard == [True] * 2 * calls
+
+
 def test_autocast_keeps_no_rounded_copy_of_what_a_norm_gives():
     torch.manual_seed(0)
     block, x = Block(12, 2, norm="pre"), tensors(3, 5, 12)

@@ -388,3 +388,5 @@ def test_what_is_wanted_of_the_last_tokens_is_what_a_block_gives_for_all(norm, b
         found.append([out, ffn, x.grad, *(p.grad for p in block.parameters())])
     for one, other in zip(*found, strict=True):
         assert_close(one, other)
+    with pytest.raises(ValueError, match="causal attention is computed for all tokens"):
+        Block(16, 2, causal=True)(x.float(), None, 3)

@@ -61,8 +61,12 @@ def test_a_run_that_ended_before_it_learned_anything_needs_no_overwriting(tmp_pa
     folder.status("failed", error="train.recompute: nothing here has blocks")
     RunFolder.create(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    folder.status("running", host="elsewhere")
+    os.utime(folder.status_file, (0, 0))
+    with pytest.raises(RecipeError, match="holds a run"):
+        RunFolder.create(tmp_path)
     for name in ("metrics.jsonl", "results.json", "checkpoints", "notes.txt"):
-        folder.status("failed")
+        folder.status("failed", host=socket.gethostname())
         (tmp_path / name).write_text("something")
         with pytest.raises(RecipeError, match="holds a run"):
             RunFolder.create(tmp_path)

@@ -9,7 +9,7 @@ import torch
 
 from mmssl.config import Recipe
 from mmssl.masks import blocks, uniform
-from mmssl.model.transformer import Block
+from mmssl.parts import Teacher
 from mmssl.random import generator
 from mmssl.training.objective import Objective
 from mmssl.training.optim import build_optimizer
@@ -88,9 +88,10 @@ class _Side:
 
     def compile(self) -> None:
         """As `train.compile`, if that is wanted."""
-        for module in self.objective.method.modules() if self.where.compiled else ():
-            if isinstance(module, Block):
-                module.compile()
+        method: Any = self.objective.method
+        teachers = [part.encoder for part in method.parts() if isinstance(part, Teacher)]
+        for block in (b for e in (method.student.encoder, *teachers) for b in e.compilable() if self.where.compiled):
+            block.compile()
 
     def loss(self) -> torch.Tensor:
         """Of the batch."""
