@@ -37,8 +37,8 @@ $(PEERS)/.installed: pyproject.toml constraints.txt  ## what others would use, b
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e . lightly
 	touch $@
 
-bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about an hour
-	for name in start scale masks visible watch claim save nt_xent parts views; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
+bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about two hours
+	for name in start scale masks visible watch claim reach save nt_xent parts views finish; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
 	$(PEERS)/bin/python -m tools.bench views peer=torchvision
 	$(PEERS)/bin/python -m tools.bench masks peer=vision/data2vec1-base
 	for name in mae wav2vec2 mlm; do $(PEERS)/bin/python -m tools.bench step method=$$name batch=8 || exit 1; done

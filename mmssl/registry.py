@@ -35,6 +35,10 @@ class Views(Protocol):
         """Views of a batch."""
         ...
 
+    def finish(self, views: list[View]) -> list[View]:
+        """What is left to be done to the views of a batch where the model is; nothing, unless a modality says otherwise."""
+        return views
+
     def plain(self, samples: Sequence[Any]) -> View:
         """The view used for evaluation: no augmentation, no mask; padded where samples differ in length."""
         ...

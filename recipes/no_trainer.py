@@ -57,7 +57,7 @@ def train(recipe: Recipe) -> list[float]:
     if method.chooses or method.needs_description(Clock()):
         raise RecipeError(f"{recipe.method.name} clusters all samples before a pass: it is for `mmssl pretrain`.")  # type: ignore[attr-defined]
     method.attach(source.size, seed)
-    objective = Objective(method).to(accelerator.device)
+    objective = Objective(method, finish=views.finish).to(accelerator.device)
     rate = schedule(recipe.optim, recipe.train.global_batch, steps / per_epoch)
     optimizer = build_optimizer(objective, recipe.optim, rate)
     model, optimizer = accelerator.prepare(objective, optimizer)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools.bench import joint, masks, parts, save, scale, step, views
+from tools.bench import finish, joint, masks, parts, reach, save, scale, step, views
 from tools.bench.turns import by_turns
 
 
@@ -15,6 +15,7 @@ def test_the_benchmark_of_masks_counts_teacher_passes_and_tokens():
     assert found["spread"][0] <= found["time_ratio"] <= found["spread"][1]
     kept = 16 + 1  # a quarter of 64 patches, and cls
     assert found["tokens_ratio"] == round((65 + 9 * kept) / (65 + 3 * kept), 3)
+    assert 0 < found["utilisation"] < 1
 
 
 def test_against_data2vec1_both_learn_from_as_many_masked_views():
@@ -22,6 +23,17 @@ def test_against_data2vec1_both_learn_from_as_many_masked_views():
     assert found["views_a_step"] == 6
     assert found["views_ratio"] == pytest.approx(1 / found["time_ratio"], abs=0.01)
     assert "vision/data2vec1-demo, batch 6" in found["seconds"]
+
+
+@pytest.mark.realdata
+def test_time_to_an_accuracy_is_measured_for_each_method(real_data, monkeypatch):
+    few = {name: (recipe, 2, 1, (*words, "data.limit=128")) for name, (recipe, _, _, words) in reach.SETTINGS.items()}
+    monkeypatch.setattr(reach, "SETTINGS", few)
+    found = reach.run(data=str(real_data / "cifar10"), wanted="1,99", only="data2vec2-8,dino,simclr", samples="40")
+    for name in ("data2vec2-8", "dino", "simclr"):
+        (first, _), (second, _) = found[name]["curve"]
+        assert found[name]["seconds"] == {"1": first, "99": None}
+        assert 0 < first < second
 
 
 def test_embedding_in_parts_has_the_same_loss_and_takes_less_memory():
@@ -40,6 +52,14 @@ def test_what_waits_grows_with_tokens_and_masks_as_it_should(monkeypatch):
     assert found["masks, exponents"][1] < 1
 
 
+def test_crops_changed_on_a_device_are_those_of_a_worker(monkeypatch):
+    words = {"crops": "dino", "size": "64", "images": "2", "pairs": "1"}
+    assert finish.run(**words)["device_images_a_second"] > 0
+    monkeypatch.setattr(finish, "DIFFERENT", 0.0)
+    with pytest.raises(RuntimeError, match="different views"):
+        finish.run(**words)
+
+
 def test_the_benchmark_of_saving_writes_both_ways(tmp_path):
     found = save.run(recipe="vision/data2vec2-demo", folder=str(tmp_path), pairs="1")
     assert found["time_ratio"] > 0
@@ -53,6 +73,8 @@ def test_a_step_of_transformers_has_the_same_loss(method):
     found = step.run(method=method, batch="1", pairs="1", memory="false", words="model.depth=1" + decoder)
     assert found["loss_difference"] < 1e-5
     assert found["seconds"].keys() == {"ours", "theirs"}
+    assert 0 < found["utilisation"] < 1
+    assert found["teraflop"] / found["tokens_a_second"] > 0
 
 
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):

@@ -1,6 +1,8 @@
 """make demo: train on images, speech and text for a minute or two each; compare raw values, a random and the trained encoder.
 
-python -m tools.demo [out=FOLDER] [seeds=0,1,2] [only=vision,speech,text]   # with several seeds, one run each and a line each
+python -m tools.demo [out=FOLDER] [seeds=0,1,2] [only=vision,speech,text] [train.log_every=1 ...]
+
+With several seeds, one run each and a line each. Words with a dot are options of the recipes.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.make_demo_data import write
@@ -21,15 +24,16 @@ VOCABULARY = 2000
 Scores = dict[str, dict[str, float]]
 
 
-def demo(folder: Path, seed: int, modality: str) -> Scores:
-    """Train and measure one modality; leaves the run in `folder/MODALITY`."""
+def demo(folder: Path, seed: int, modality: str, words: Sequence[str] = ()) -> Scores:
+    """Train and measure one modality; leaves the run in `folder/MODALITY`. words: more options of the recipe."""
     from mmssl.cli.probe import table
     from mmssl.evaluate.probe import probe
 
     start = time.monotonic()
     run = folder / modality
     data = f"{DATA}/{modality}"
-    call("pretrain", f"{modality}/data2vec2-demo", f"data.path={data}", f"out={run}", f"train.seed={seed}", "overwrite=true")
+    told = (f"data.path={data}", f"out={run}", f"train.seed={seed}", "overwrite=true", *words)
+    call("pretrain", f"{modality}/data2vec2-demo", *told)
     scores = probe(run / "model", data, random=True, seed=seed)
     scores["pretrained"] = scores.pop("model")
     print(f"\n{modality}, without labels, {time.monotonic() - start:.0f} s; accuracy on held-out {TOLD[modality]}:\n")
@@ -54,10 +58,11 @@ def main() -> None:
         call("tokenizer", "train", f"data={DATA}/text", f"out={DATA}/tokenizer", f"vocab={VOCABULARY}")
     folder, seeds = Path(given.get("out", "runs/demo")), [int(seed) for seed in given.get("seeds", "0").split(",")]
     modalities = given.get("only", "vision,speech,text").split(",")
+    words = [f"{name}={value}" for name, value in given.items() if "." in name]
     found: dict[int, dict[str, Scores]] = {}
     for seed in seeds:
         place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
-        found[seed] = {modality: demo(place, seed, modality) for modality in modalities}
+        found[seed] = {modality: demo(place, seed, modality, words) for modality in modalities}
         (place / "summary.json").write_text(json.dumps(found[seed], indent=2) + "\n")
     print("On held-out samples, random init -> pretrained:")
     for seed, summary in found.items():

@@ -22,9 +22,7 @@ def run(arguments: list[str]) -> int:
 
     folder = RunFolder.open(given["run"])
     if not folder.config.exists():
-        raise RecipeError(
-            f"{folder.path}: this run ended before it began. Start it again with mmssl pretrain, and overwrite=true."
-        )
+        raise RecipeError(f"{folder.path}: this run ended before it began. Start it again with mmssl pretrain.")
     raw = read_yaml(folder.config)
     for text in given["overrides"]:
         apply_override(raw, text)

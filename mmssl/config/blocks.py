@@ -270,6 +270,11 @@ class SaveOptions(Options):
         None, description="Keep the checkpoint with the best value of this metric as well, and its encoder in `best/`."
     )
     max_failed: int = Field(3, ge=1, description="Saves in a row that find the disk full or read-only until the run stops.")
+    background: bool = Field(
+        False,
+        description="Write checkpoints while training goes on, from a copy in the memory of the host. Whether one could be "
+        "written is known at the next save; the last one of a run is waited for.",
+    )
 
 
 class HubOptions(Options):

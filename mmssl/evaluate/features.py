@@ -90,7 +90,7 @@ class DrawnSet(PlainSet):
             place = self.seed, "probe-views", self.epoch, sample["index"]
             return self.views(sample["sample"], lambda view: random.generator(*place, view))
 
-        return self.views.collate([drawn(sample) for sample in samples])[0]
+        return self.views.finish(self.views.collate([drawn(sample) for sample in samples])[:1])[0]
 
 
 class ChangedSet(PlainSet):

@@ -21,15 +21,20 @@ def attended(encoder: Encoder, view: View) -> tuple[Encoded, Tensor]:
     Returns: its tokens, and (B, L) weights of the content tokens as keys, a mean over heads and, where there is no cls, over
         the queries that are not padding. A row sums to 1, or less where cls and registers are looked at as well.
     """
-    seen: list[Any] = []  # what the layer was called with
+    called: list[Any] = []  # what the layer was called with
+    projected: list[Tensor] = []
     last: Any = encoder.transformer.blocks[-1]
-    handle = last.attn.register_forward_pre_hook(lambda module, given: seen.append(given))
+    handles = [
+        last.attn.register_forward_pre_hook(lambda module, given: called.append(given)),
+        last.attn.qkv.register_forward_hook(lambda module, given, out: projected.append(out)),
+    ]
     try:
         encoded = encoder(view)
     finally:
-        handle.remove()
-    x, bias = seen[0][0], seen[0][1] if len(seen[0]) > 1 else None
-    weights, extra = _weights(last.attn, x, bias).mean(1), encoder.transformer.extra_tokens  # (B, E + L, E + L)
+        for handle in handles:
+            handle.remove()
+    bias = called[0][1] if len(called[0]) > 1 else None
+    weights, extra = _weights(last.attn, projected[0], bias).mean(1), encoder.transformer.extra_tokens  # (B, E + L, E + L)
     if extra:
         return encoded, weights[:, 0, extra:]
     if encoded.pad is None:
@@ -38,16 +43,16 @@ def attended(encoder: Encoder, view: View) -> tuple[Encoded, Tensor]:
     return encoded, (weights * valid).sum(1) / valid.sum(1)
 
 
-def _weights(attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, L, L) what a layer multiplies values with. x: (B, L, D). bias: as it is given to the layer."""
-    rows, length, dim = x.shape
-    width = dim // attention.heads
-    q, k, _ = attention.qkv(x).view(rows, length, 3, attention.heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+def _weights(attention: Any, qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, H, L, L) what a layer multiplies values with. qkv: (B, L, 3 * D). bias: as it is given to the layer."""
+    rows, length, triple = qkv.shape
+    width = triple // 3 // attention.heads
+    q, k, _ = qkv.view(rows, length, 3, attention.heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     logits = q.float() @ k.float().mT / math.sqrt(width)
     if bias is not None:
         logits = logits + bias if bias.is_floating_point() else logits.masked_fill(~bias, -math.inf)
     if attention.causal:
-        past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        past = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
         logits = logits.masked_fill(~past, -math.inf)
     return logits.softmax(-1)
 

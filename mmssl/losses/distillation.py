@@ -53,10 +53,10 @@ def dino(
     if len(teacher_logits) > len(student_logits):
         raise ValueError(f"views: the teacher sees {len(teacher_logits)} crops, the student only {len(student_logits)} of them")
     targets = {i: teacher_distribution(one, center, teacher_temperature) for i, one in enumerate(teacher_logits)}
-    return predict_others(targets, [at_least_fp32(one) / student_temperature for one in student_logits])
+    return predict_others(targets, [at_least_fp32(one) * (1 / student_temperature) for one in student_logits])
 
 
 @torch.no_grad()
 def teacher_distribution(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
     """(B, K) centred, sharpened softmax of DINO's teacher, fp32 or higher. logits: (B, K).  center: (K,)."""
-    return ((at_least_fp32(logits) - center) / temperature).softmax(-1)
+    return ((at_least_fp32(logits) - center) * (1 / temperature)).softmax(-1)

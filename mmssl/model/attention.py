@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmssl.model.recompute import entering
+
 
 class Turns(NamedTuple):
     """Rotary positions: queries and keys turn with the place of their token, so that products tell how far apart places are.
@@ -55,22 +57,32 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads: hidden_size {dim} is not a multiple of {heads} heads")
-        self.heads, self.attention_dropout, self.causal = heads, attention_dropout, causal
+        self.heads, self.attention_dropout, self.causal, self.forgets = heads, attention_dropout, causal, True
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | Turns | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | Turns | None = None, norm: nn.Module | None = None, last: int | None = None
+    ) -> Tensor:
         """Attend over the tokens of each row.
 
         Args:
+            norm: what the tokens go through first.
+            last: how many tokens, of the end of each row, ask; all if None.
             bias: what is added to the logits, (R or 1, H or 1, L or 1, L): numbers, or bool with True = attend; or how queries
                 and keys turn.
         """
+        if last is not None and self.causal:
+            raise ValueError("last: causal attention is computed for all tokens")
         rows, length, dim = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = entering(self.qkv, x, norm, self.forgets).view(rows, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if isinstance(bias, Turns):
             q, k, bias = bias.apply(q), bias.apply(k), bias.bias
+        if last is not None:
+            q, length = q[:, :, -last:], last
+            bias = bias[..., -last:, :] if bias is not None and bias.shape[-2] > 1 else bias
         dropout = self.attention_dropout if self.training else 0.0
         if self.causal and bias is not None:
             past = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()

@@ -50,7 +50,7 @@ class CrossBlock(nn.Module):
         k, v = self.k(self.norm_k(both + code)), self.v(self.norm_v(both))
         out = F.scaled_dot_product_attention(*(x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v)))
         asked = asked + self.drop_path(self.scale1(self.proj(out.transpose(1, 2).flatten(2))))
-        return asked + self.drop_path(self.scale2(self.mlp(self.norm2(asked))))
+        return asked + self.drop_path(self.scale2(self.mlp(asked, self.norm2)))
 
 
 class LatentRegressor(nn.Module):

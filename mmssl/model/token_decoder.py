@@ -77,9 +77,9 @@ class TokenDecoder(nn.Module):
             own = [each.gather(1, mask.keep).repeat_interleave(groups, 0)]
             own.append(each.repeat_interleave(groups, 0).gather(1, places.flatten(0, 1)))
             bias = attention_bias(None, torch.cat(own, 1), int(visible.cls is not None))
-        for block in self.blocks:
-            x, _ = block(x, bias)
-        return self.proj(self.norm(x[:, -count:]))
+        for i, block in enumerate(self.blocks, 1):
+            x, _ = block(x, bias, count if i == len(self.blocks) else None)  # what is visible is not asked in the end
+        return self.proj(self.norm(x))
 
 
 def hidden_places(mask: Mask) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmssl.model.attention import Attention, Turns
-from mmssl.model.recompute import forgetting
+from mmssl.model.recompute import entering, forgetting
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]  # by the error function, nearly, roughly; arXiv:2002.05202
 NormKind = Literal["layer", "rms"]  # rms: neither means nor offsets, arXiv:1910.07467
@@ -63,19 +63,19 @@ class Mlp(nn.Module):
     """Linear, activation, Linear. (B, L, D) -> (B, L, D). The first is twice as wide where units come in pairs.
 
     The widest tensors of a block are what enters and what leaves the activation. A GELU keeps the first for its gradient; the
-    second Linear computes the other from it again.
+    second Linear computes the other from it again. So does the first one what a norm gives it.
     """
 
     def __init__(self, dim: int, hidden: int, activation: Activation = "gelu"):
         super().__init__()
         wide = 2 * hidden if activation == "swiglu" else hidden
         self.fc1, self.act, self.fc2 = nn.Linear(dim, wide), ACTIVATIONS[activation](), nn.Linear(hidden, dim)
-        self.forgets = isinstance(self.act, nn.GELU)
+        self.forgets, self.cheap = True, isinstance(self.act, nn.GELU)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Widen, bend, narrow."""
-        h = self.fc1(x)
-        if self.forgets and h.requires_grad and not torch.compiler.is_compiling():  # which decides such things by itself
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Widen, bend, narrow. norm: what the tokens go through first."""
+        h = entering(self.fc1, x, norm, self.forgets)
+        if self.forgets and self.cheap and h.requires_grad and not torch.compiler.is_compiling():
             return forgetting(self.act, h, self.fc2)
         return self.fc2(self.act(h))
 
@@ -118,13 +118,17 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.scale1, self.scale2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, bias: Tensor | Turns | None = None) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D)."""
+    def forward(self, x: Tensor, bias: Tensor | Turns | None = None, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> the block's output and its MLP's output before dropout and residual, both (B, L, D).
+
+        last: how many tokens of the end are wanted of both, (B, last, D); all if None.
+        """
+        attended = self.attn(x, bias, self.norm1 if self.pre else None, last)
+        x = (x if last is None else x[:, -last:]) + self.drop_path(self.scale1(attended))
         if self.pre:
-            x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), bias)))
-            ffn = self.mlp(self.norm2(x))
+            ffn = self.mlp(x, self.norm2)
             return x + self.drop_path(self.scale2(self.dropout(ffn))), ffn
-        x = self.norm1(x + self.drop_path(self.scale1(self.attn(x, bias))))
+        x = self.norm1(x)
         ffn = self.mlp(x)
         return self.norm2(x + self.drop_path(self.scale2(self.dropout(ffn)))), ffn
 

@@ -73,7 +73,8 @@ class Member:
             load_weights(method.student.encoder, recipe.model.init)  # type: ignore[attr-defined]
             for part in method.parts():
                 part.restart()
-        self.objective = Objective(method, classes, self.views.ragged, scale, Magnitude() if balanced else None)
+        magnitude = Magnitude() if balanced else None
+        self.objective = Objective(method, classes, self.views.ragged, scale, magnitude, self.views.finish)
         return self.objective
 
     def loader(self, start: int, steps: int) -> Restarting | PassByPass:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mmssl.methods.joint import Joint
 from mmssl.methods.method import Method
 from mmssl.parts import Magnitude
 from mmssl.random import row_keys
-from mmssl.types import Batch, Clock
+from mmssl.types import Batch, Clock, View
 
 # The probe's gradients must not weigh in the norm that DeepSpeed clips by. Adam is blind to the scale of a loss.
 PROBE_SCALE = 1e-4
@@ -60,15 +60,22 @@ class Objective(nn.Module):
         ragged: whether micro-batches hold unequal numbers of loss terms, so that each counts by its own; see `Method.terms`.
         scale: what the loss is multiplied by, but not its terms, as they are logged.
         magnitude: if given, the loss is also divided by its running mean.
+        finish: what views still lack when they come from the loader, see `Views.finish`.
     """
 
     accepts_loss_kwargs = False  # the Trainer must divide the loss by the number of micro-batches itself
 
     def __init__(
-        self, method: Method, classes: int = 0, ragged: bool = False, scale: float = 1.0, magnitude: Magnitude | None = None
+        self,
+        method: Method,
+        classes: int = 0,
+        ragged: bool = False,
+        scale: float = 1.0,
+        magnitude: Magnitude | None = None,
+        finish: Callable[[list[View]], list[View]] = lambda views: views,
     ):
         super().__init__()
-        self.method, self.ragged, self.scale, self.magnitude = method, ragged, scale, magnitude
+        self.method, self.ragged, self.scale, self.magnitude, self.finish = method, ragged, scale, magnitude, finish
         dim = method.student.encoder.dim
         self.standardise = Standardise(dim)
         self.probe = nn.Linear(dim, classes) if classes else None
@@ -100,6 +107,7 @@ class Objective(nn.Module):
             With `rebuild`: only the fields of `Rebuilt`, see `Method.rebuild`.
         """
         batch = Batch.from_tensors(tensors, tuple(keys))
+        batch = batch._replace(views=self.finish(batch.views))
         if describe:
             return {"described": self.method.describe(batch.views[0]).float()}
         if rebuild:

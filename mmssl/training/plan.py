@@ -122,7 +122,11 @@ def counting_flops() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def counting_activations(root: nn.Module) -> Iterator[Callable[[], int]]:
-    """Bytes of memory that wait for the backward pass, each piece once, without those of parameters and buffers."""
+    """Bytes of memory that wait for the backward pass, each piece once, without those of parameters and buffers.
+
+    What a layer behind a norm or a GELU keeps besides its input does not count (see `forgetting`): nothing in fp32, a rounded
+    copy of its weight under autocast, and what its low-rank update keeps, if it has one.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*root.parameters(), *root.buffers())}
     found: dict[int, int] = {}
 

@@ -39,7 +39,7 @@ from mmssl.training.replay import record
 from mmssl.training.resuming import added
 from mmssl.training.retention import Retention
 from mmssl.training.run_folder import RunFolder
-from mmssl.training.saving import Proof, complete, has_saved, load_run, newest, reopen, rewind, save_run
+from mmssl.training.saving import Proof, complete, has_saved, load_run, newest, reopen, rewind, save_run, warn
 from mmssl.training.signals import Signals
 from mmssl.training.state import model_state
 from mmssl.training.trackers import following
@@ -164,7 +164,8 @@ class Run:
             parts = self.objective.method.parts()
             students = [member.method.student.encoder for member in members]
             encoders = [*students, *(part.encoder for part in parts if isinstance(part, Teacher))]
-            for block in dict.fromkeys(b for e in encoders for b in e.compilable()):
+            decoders = [module for module in self.objective.method.modules() if isinstance(module, (Block, CrossBlock))]
+            for block in dict.fromkeys([*(b for e in encoders for b in e.compilable()), *decoders]):
                 block.compile()
         tensors, state = {}, {}
         streaming = any(member.source.streaming for member in members)
@@ -260,6 +261,7 @@ class Run:
                 cause = self.peers.explain(error)
                 logging.getLogger("mmssl").error("stopped: %s: %s", type(cause).__name__, cause)
                 self.record(cause)
+                self._let_end()
                 known = storage_error(cause, self.folder.path) if isinstance(cause, Exception) else None
                 if known and not isinstance(cause, MmsslError):
                     raise known from error
@@ -268,6 +270,17 @@ class Run:
                 raise
             finally:
                 self.progress.probed()
+
+    def _let_end(self) -> None:
+        """What was begun to be written is worth its end, but not for ever."""
+        writing, self.trainer.writing = self.trainer.writing, None
+        if writing is not None:
+            try:
+                problem = writing.problem(self.recipe.train.hang_timeout)
+            except TimeoutError:
+                problem = TimeoutError("it takes too long.")
+            if problem is not None:
+                warn(f"Step {writing.step} was not saved: {problem}")
 
     def _train(self) -> None:
         ended = self.last is not None and self.trainer.early

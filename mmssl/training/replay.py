@@ -208,4 +208,4 @@ def load_before(recipe: Recipe, source: Source, folder: RunFolder, step: int) ->
     if path is not None:
         tensors = checkpoint.load(path)[0]["model"]
         method.load_state_dict({n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")})
-    return Objective(method), "those of the start" if path is None else path.name
+    return Objective(method, finish=recipe.build_views().finish), "those of the start" if path is None else path.name

@@ -31,6 +31,7 @@ from mmssl.redaction import HIDDEN, redact
 STATES = ("running", "finished", "preempted", "failed")
 FILES = ("config.yaml", "command.txt", "env.json", "data.json", "metrics.jsonl", "log.txt", "README.md", "quarantine.jsonl",
          "results.json")  # fmt: skip
+PREPARED = ("status.json", "config.yaml", "command.txt", "env.json", "data.json", "log.txt", "quarantine.jsonl", ".ranks")
 FOLDERS = ("model", "best", "heads", "report", "replay")
 TRACES = (
     ".tmp-*",
@@ -251,7 +252,8 @@ class RunFolder:
         """Start a new run.
 
         Args:
-            path: a folder that is missing, empty, or with `overwrite` that of an earlier run.
+            path: a folder that is missing, empty, that of a run which ended before it had learned anything, or with
+                `overwrite` that of any earlier run.
             overwrite: remove what that run left, and nothing else.
             is_main: the other ranks neither check nor write; let them wait for rank 0.
         Raises: RecipeError if the folder is taken, StorageError if it cannot be written.
@@ -310,13 +312,22 @@ class RunFolder:
                     f"out: {self.path} is not empty and is not a run of mmssl; it is left as it is. "
                     "Choose another folder with out=FOLDER."
                 )
-            if not overwrite:
+            if not overwrite and not self._is_barren():
                 raise RecipeError(
                     f"out: {self.path} holds a run. Continue it with 'mmssl resume {self.path}', "
                     "replace it with overwrite=true, or choose another folder with out=FOLDER."
                 )
             self.check_idle()
             self._clear()
+
+    def _is_barren(self) -> bool:
+        """Whether a run ended here that has left no more than what is written before the first update.
+
+        Of one on another host that says that it runs, silence is no proof.
+        """
+        status = self.read_status()
+        ended = status["state"] != "running" or (status.get("host") == socket.gethostname() and not self.is_alive())
+        return ended and {path.name for path in self.path.iterdir()} <= {*PREPARED}
 
     def _clear(self) -> None:
         """Remove what a run leaves. The status stays until the new one replaces it: it tells that the folder is ours."""

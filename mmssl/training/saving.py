@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from mmssl import __version__
+from mmssl import __version__, stage
 from mmssl.config import Settings
 from mmssl.distributed import all_sum, barrier, gather_objects, world
 from mmssl.errors import CheckpointError, CollapseError, MmsslError, NonFiniteError, RecipeError, StorageError, storage_error
@@ -23,6 +23,7 @@ from mmssl.training.objective import JointObjective, Objective
 from mmssl.training.run_folder import RunFolder, remove, write_atomic
 from mmssl.training.state import load_model_state, load_optimizer_state, model_state, optimizer_state, restore_model_state
 from mmssl.training.trainer import SelfSupervisedTrainer
+from mmssl.training.writing import Writing, copied
 
 
 def reopen(path: Path) -> RunFolder:
@@ -53,6 +54,8 @@ def save_run(
 ) -> None:
     """Checkpoint and `model/`, written by the main process from whole tensors.
 
+    With `save.background` the checkpoint is only begun here, and what becomes of it is known at the next save.
+
     Args:
         views: of each member of the recipe.
         next_batch: of each member, identity of the update that comes next, see `batches.identity`.
@@ -63,20 +66,22 @@ def save_run(
     for part in tensors.values():
         if name := broken(part):
             raise NonFiniteError(f"{name} is not finite at step {trainer.state.global_step}; nothing was saved.")
-    problem: Exception | None = None
+    step, problem, ending = trainer.state.global_step, None, trainer.ending  # a signal may come at any time
     if folder.is_main:
         try:
-            _save(trainer, views, folder, tensors, next_batch)
+            step, problem = settle(trainer, folder)
+            _save(trainer, views, folder, tensors, next_batch, background=trainer.recipe.save.background and not ending)
+            problem = None if trainer.writing is None else problem  # whatever became of the one before, this one is there
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = storage_error(error, folder.path) or error
-    mine = [float(problem is not None), float(problem is not None and not isinstance(problem, StorageError))]
-    failed, fatal = all_sum(torch.tensor(mine, device=trainer.args.device)).tolist()
+            step, problem = trainer.state.global_step, storage_error(error, folder.path) or error
+    mine = [problem is not None, problem is not None and not isinstance(problem, StorageError), ending]
+    failed, fatal, ending = all_sum(torch.tensor(mine, dtype=torch.float32, device=trainer.args.device)).tolist()
     trainer.failed_saves = trainer.failed_saves + 1 if failed else 0
-    if failed and not fatal and trainer.failed_saves < trainer.recipe.save.max_failed and not trainer.ending:
+    if failed and not fatal and trainer.failed_saves < trainer.recipe.save.max_failed and not ending:
         if problem is not None:
             left = trainer.recipe.save.max_failed - trainer.failed_saves
             warn(
-                f"{problem} Step {trainer.state.global_step} was not saved, older checkpoints are as they were; the run stops "
+                f"{problem} Step {step} was not saved, older checkpoints are as they were; the run stops "
                 f"when {left} more saves fail (save.max_failed)."
             )
         return
@@ -92,6 +97,7 @@ def _save(
     folder: RunFolder,
     tensors: dict[str, dict[str, torch.Tensor]],
     next_batch: Mapping[str, str | None] | None,
+    background: bool,
 ) -> None:
     step, recipe = trainer.state.global_step, trainer.recipe
     also_keep = trainer.retention.at(step)
@@ -112,9 +118,27 @@ def _save(
         "tracker": folder.read_status().get("tracker"),
         "versions": {"mmssl": __version__, "torch": torch.__version__},
     }
-    checkpoint.save(folder.checkpoints, step, tensors, state, recipe.save.keep, also_keep)
+    rest = (state, recipe.save.keep, also_keep)
+    if background:
+        # On a processor, and under DeepSpeed, which may keep moments there, they are the trained tensors themselves.
+        own = trainer.args.device.type == "cpu" or trainer.is_deepspeed_enabled
+        trainer.writing = Writing.begin(folder.checkpoints, step, copied(tensors) if own else tensors, *rest)
+    else:
+        checkpoint.save(folder.checkpoints, step, tensors, *rest)
     _publish(recipe, views, folder, tensors["model"], trainer.metrics, step)
-    folder.status("running", step=step, steps=trainer.steps)
+    if trainer.writing is None:
+        folder.status("running", step=step, steps=trainer.steps)
+
+
+def settle(trainer: SelfSupervisedTrainer, folder: RunFolder) -> tuple[int, Exception | None]:
+    """Wait for a checkpoint that is being written. Returns: its step, and what went wrong with it, if anything did."""
+    writing, trainer.writing = trainer.writing, None
+    if writing is None:
+        return trainer.state.global_step, None
+    error: Any = writing.problem()
+    if error is None:
+        folder.status("running", step=writing.step, steps=trainer.steps)
+    return writing.step, error and (storage_error(error, folder.path) or error)
 
 
 def _publish(
@@ -235,6 +259,10 @@ def rewind(trainer: SelfSupervisedTrainer, folder: RunFolder, why: MmsslError) -
     hold what led there. Raises: `why` if there is none.
     """
     folder.status("running", rollbacks=trainer.rollbacks)  # first, so that a resume takes the same rate
+    stage.enter("save", trainer.state.global_step)
+    _, problem = settle(trainer, folder)
+    if problem is not None:
+        warn(str(problem))
     healthy = trainer.retention.healthy if isinstance(why, CollapseError) else None
     path = choose(folder, healthy) or choose(folder)
     if path is None:

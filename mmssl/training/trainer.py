@@ -32,6 +32,7 @@ from mmssl.training.retention import Retention
 from mmssl.training.signals import Interrupted
 from mmssl.training.state import load_optimizer_state
 from mmssl.training.watchdog import PATIENCE
+from mmssl.training.writing import Writing
 from mmssl.types import Clock
 
 HEALTHY = "healthy"  # verdict of a line in which nothing is wrong
@@ -141,6 +142,7 @@ class SelfSupervisedTrainer(Trainer):
         self.warned: set[str] = set()  # metrics below the guard
         self.retention = Retention(steps, recipe.save)
         self.failed_saves = 0  # in a row
+        self.writing: Writing | None = None  # on the main process
         self.stop_signal: int | None = None
         self.pending: list[dict[str, Tensor]] = []  # of this update, counted once it is applied
         self.sums: dict[str, Tensor] = {}

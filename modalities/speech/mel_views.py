@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmssl.masks import blocks, spans, uniform
 from mmssl.random import generator
+from mmssl.registry import Views
 from mmssl.types import Mask, Rejected, View
 from modalities.speech.data import MAX_SECONDS, RATE, _library
 from modalities.speech.mel_alter import Alterations, altered, check
@@ -55,7 +56,7 @@ def log_mel(wave: Tensor, bands: int) -> Tensor:
     return fbank(wave[None] * 2**15, num_mel_bins=bands, sample_frequency=RATE)
 
 
-class MelViews:
+class MelViews(Views):
     """The log-mel spectrogram of a random crop, with its masks, or altered.
 
     A batch is cut to its shortest member, in whole patches, then masks and alterations are drawn: nothing is padded.

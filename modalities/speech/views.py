@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmssl.masks import blocks, spans
 from mmssl.random import generator
+from mmssl.registry import Views
 from mmssl.types import Mask, Rejected, View
 from modalities.speech.augment import Crop, one_by_one, source, view
 from modalities.speech.data import MAX_SECONDS, RATE
@@ -32,7 +33,7 @@ class MaskOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
-class SpeechViews:
+class SpeechViews(Views):
     """A random crop of a normalised wave, with its masks; or several crops that are changed at random.
 
     A batch is cut to its shortest member, then masks are drawn: nothing is padded. Where `crops` change the speed, the crops

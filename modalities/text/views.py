@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmssl.masks import spans, uniform
+from mmssl.registry import Views
 from mmssl.types import Mask, Rejected, View
 from modalities.text.augment import Crop, one_by_one, view
 from modalities.text.masks import Pieces, Rounding, budget, pieces, replacing, single, whole_words, word_spans
@@ -42,7 +43,7 @@ class MaskOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
-class TextViews:
+class TextViews(Views):
     """Token ids with their masks, of a whole text or of several crops of it.
 
     Nothing in the ids tells what is masked: the mask token is never among them.

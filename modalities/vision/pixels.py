@@ -41,11 +41,9 @@ def cut(pixels: Tensor, box: tuple[int, int, int, int], size: int, interpolation
         pixels: of `read`.  box: left, top, width, height.  interpolation: bicubic or bilinear.
     Returns: (C, size, size) uint8.
     """
-    from torchvision.transforms.v2 import functional  # half a second, where views are made
-
     left, top, width, height = box
-    part = pixels[:, top : top + height, left : left + width]
-    return functional.resize_image(part, [size, size], functional.InterpolationMode(interpolation), antialias=True)
+    part = pixels[None, :, top : top + height, left : left + width]
+    return F.interpolate(part, (size, size), mode=interpolation, align_corners=False, antialias=True)[0]
 
 
 def floats(pixels: Tensor) -> Tensor:
@@ -132,6 +130,24 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     return x
 
 
+def blur_each(x: Tensor, sigma: Tensor, widest: float) -> Tensor:
+    """`blur` of images (N, C, H, W), each as wide as its own sigma says; none where that is 0.
+
+    Args:
+        sigma: (N,), not read on the host.  widest: no sigma is above it.
+    """
+    reach = round(3 * widest)
+    steps = torch.arange(-reach, reach + 1, device=x.device)
+    wide = sigma.clamp_min(1e-6)[:, None]
+    weights = torch.exp(-0.5 * (steps / wide).square()) * (steps.abs() <= torch.round(3 * wide))
+    weights = (weights / weights.sum(1, keepdim=True)).to(x.dtype)[..., None, None, None]
+    height, width = x.shape[-2:]
+    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    for dim, n in ((-1, width), (-2, height)):
+        x = sum(x.narrow(dim, i, n) * weights[:, i] for i in range(2 * reach + 1))  # type: ignore[assignment]
+    return x
+
+
 def noise(x: Tensor, std: float, draw: torch.Generator) -> Tensor:
     """Independent Gaussian noise on each pixel and channel, cut off at black and white. std: as a share of the range."""
     return x.add_(torch.randn(x.shape, generator=draw), alpha=255 * std).clamp_(0, 255)
@@ -157,12 +173,14 @@ def gradients(x: Tensor) -> Tensor:
     """Sobel gradients of the mean channel of a normalised image, with zeros around it.
 
     Args:
-        x: (C, H, W).
-    Returns: (C, H, W): the gradient's length if C is 1; else its components across and down, and its length.
+        x: (..., C, H, W).
+    Returns: (..., C, H, W): the gradient's length if C is 1; else its components across and down, and its length.
     Source: arXiv:1807.05520, whose code has these filters. Departs from the paper: there the network holds them and reads two
         channels, without the length; here they are an augmentation, and plain views and exported models see the image itself.
     """
-    across = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
-    both = F.conv2d(x.mean(0)[None, None], torch.stack([across, across.T])[:, None], padding=1)[0]
-    length = torch.hypot(*both)[None]
-    return length if len(x) == 1 else torch.cat([both, length])
+    wide = F.pad(x.mean(-3), (1, 1, 1, 1))
+    left, above = wide[..., :-2] - wide[..., 2:], wide[..., :-2, :] - wide[..., 2:, :]
+    across = left[..., :-2, :] + 2 * left[..., 1:-1, :] + left[..., 2:, :]
+    down = above[..., :-2] + 2 * above[..., 1:-1] + above[..., 2:]
+    length = torch.hypot(across, down)
+    return length.unsqueeze(-3) if x.shape[-3] == 1 else torch.stack([across, down, length], -3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from mmssl.masks import blocks, uniform
 from mmssl.random import generator, key
+from mmssl.registry import Views
 from mmssl.types import Mask, View
 from modalities.vision.augment import Change, Crop, check_box, check_crop, policy, recoloured
+from modalities.vision.batched import changed, finished
 from modalities.vision.masks import (
     block_size,
     block_sizes,
@@ -61,10 +64,11 @@ class MaskOptions:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
 
-class ImageViews:
+class ImageViews(Views):
     """A random crop, flipped at random, with its masks; or several crops, listed or those of a published policy.
 
-    `crops` is an option, the kinds of crops, and an attribute, the number of those smaller than the model's image.
+    `crops` is an option, the kinds of crops, and an attribute, the number of those smaller than the model's image. With
+    `on_device` workers draw, decode and cut, and what else is done to a crop is done to a whole batch by `finish`.
     """
 
     ragged: bool = False
@@ -82,6 +86,7 @@ class ImageViews:
         std: tuple[float, ...] = IMAGENET_STD,
         mask: MaskOptions | None = None,
         crops: list[Crop] | str | None = None,
+        on_device: bool = False,
     ):
         check_box(scale, aspect)
         if features.image_size > 8192:
@@ -100,10 +105,17 @@ class ImageViews:
         self.shares = mask is not None and mask.kind == "multiblock"  # all samples of an update have blocks of one size
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32) * 255 for values in (mean, std))
         self.gain, self.shift = (v[:, None, None] for v in (1 / self.std, -self.mean / self.std))
+        both = zip(mean * (features.channels // len(mean)), std * (features.channels // len(std)))
+        self.per_channel = [(1 / (255 * s), -m / s) for m, s in both]  # numbers of the host, for any device
         self.kinds = _one_by_one(crops, features)
         if self.kinds:
             self.count = sum(crop.size == self.size for crop in self.kinds)
             self.crops = len(self.kinds) - self.count
+        self.on_device = on_device
+        if on_device and not self.kinds:
+            raise ValueError("on_device: changes crops of views.crops, and there are none; leave it out")
+        if on_device and any(crop.noise for crop in self.kinds):
+            raise ValueError("on_device: noise of crops is drawn in workers; leave out either")
         if mask is not None:
             _check_mask(mask, self.grid)
 
@@ -112,9 +124,9 @@ class ImageViews:
     ) -> dict[str, Tensor]:
         """The crops of an image and the masks of those of full size.
 
-        Returns: x (C, H, W) float, normalised; if the recipe masks, hidden (M, L) bool, or seed () int64 of masks that depend
-            on the batch. Where `crops` is given, the names of view i begin with `i.`, and its record is beside them: box
-            (4,), left, top, width and height as shares of the image, and what `Change.record` tells.
+        Returns: x (C, H, W) float, normalised, or uint8 for `finish`; if the recipe masks, hidden (M, L) bool, or seed ()
+            int64 of masks that depend on the batch. Where `crops` is given, the names of view i begin with `i.`, and its
+            record is beside them: box (4,), left, top, width and height as shares of the image, and what `Change.record` tells.
         """
         image = self._in_mode(sample)
         if not self.kinds:
@@ -125,8 +137,11 @@ class ImageViews:
             source = draw(i)
             left, top, width, height = box = crop_box(*image.size, crop.scale, crop.aspect, source)
             change = Change.drawn(crop, source)
-            x = change.applied(cut(pixels, box, crop.size, crop.interpolation), crop.order)
-            x = change.finished(self._normalised(x))
+            x = cut(pixels, box, crop.size, crop.interpolation)
+            if self.on_device:
+                x = x[: self.channels].contiguous()
+            else:
+                x = change.finished(self._normalised(change.applied(x, crop.order)))
             shares = (left / image.width, top / image.height, width / image.width, height / image.height)
             view = {"x": x, "box": torch.tensor(shares), **change.record()}
             if self.mask is not None and i < self.count:
@@ -199,6 +214,21 @@ class ImageViews:
             views.append(View(x, "vision", mask=mask, record=own))
         return views
 
+    @torch.no_grad()
+    def finish(self, views: list[View]) -> list[View]:
+        """What the crops of workers still lack, each by its record: colours, flips and the like, then normalisation."""
+        return [
+            view._replace(x=self._finished(view, crop)) if view.x.dtype == torch.uint8 else view
+            for view, crop in zip_longest(views, self.kinds[: len(views)])
+        ]
+
+    def _finished(self, view: View, crop: Crop) -> Tensor:
+        with torch.autocast(view.x.device.type, enabled=False):
+            x = changed(view.x, view.record, crop)
+            for channel, (gain, shift) in enumerate(self.per_channel):
+                x[:, channel].mul_(gain).add_(shift)
+            return finished(x, view.record, crop)
+
     def plain(self, samples: Sequence[Image.Image]) -> View:
         """The shorter side resized to the image size, centre crop."""
         images = [self._in_mode(sample) for sample in samples]
@@ -217,7 +247,7 @@ class ImageViews:
 
     def _normalised(self, x: Tensor) -> Tensor:
         """(C, H, W), in place."""
-        return torch.addcmul(self.shift, x, self.gain, out=x)
+        return x.mul_(self.gain).add_(self.shift)  # addcmul takes four times as long where factors are few
 
 
 def _check_mask(m: MaskOptions, grid: tuple[int, int]) -> None:

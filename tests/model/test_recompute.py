@@ -8,9 +8,10 @@ from torch import nn
 
 from mmssl.config import Recipe
 from mmssl.errors import RecipeError
-from mmssl.model.recompute import forgetting, recompute
+from mmssl.model.recompute import forget_nothing, forgetting, recompute
 from mmssl.model.transformer import Block, Mlp
 from mmssl.random import generator
+from mmssl.training.plan import counting_activations
 from mmssl.training.pretrain import prepare
 
 
@@ -68,6 +69,52 @@ def test_under_autocast_the_gradients_are_the_same_too():
         with torch.autocast("cpu", torch.bfloat16):
             found.append(gradients(module, x))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_block_forgets_what_its_norms_give_and_has_the_same_gradients_to_the_bit(kind, precision):
+    torch.manual_seed(0)
+    block, x = Block(12, 2, norm="pre", norm_kind=kind), tensors(3, 5, 12)
+    keeps = copy.deepcopy(block)
+    forget_nothing(keeps)
+    found = []
+    for module in (block, keeps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found.append(gradients(module, x))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    if precision == "fp32":
+        for name in ("norm1", "norm2"):
+            assert lives_after(keeps, getattr(keeps, name), x)
+            assert not lives_after(block, getattr(block, name), x)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_a_norm_is_computed_again_as_it_was_under_autocast(dtype, calls):
+    """CUDA's norms refuse tokens of another type than their weights unless autocast is on, which it is not when the loss is
+    differentiated. Of tokens in half precision nothing would be gained."""
+    torch.manual_seed(0)
+    block, x, heard = Block(12, 2, norm="pre"), tensors(3, 5, 12), []
+    for norm in (block.norm1, block.norm2):
+        norm.register_forward_pre_hook(lambda *_: heard.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = block(x.to(dtype))
+    out.float().square().sum().backward()
+    assert heard == [True] * 2 * calls
+
+
+def test_autocast_keeps_no_rounded_copy_of_what_a_norm_gives():
+    torch.manual_seed(0)
+    block, x = Block(12, 2, norm="pre"), tensors(3, 5, 12)
+    keeps, counts = copy.deepcopy(block), []
+    forget_nothing(keeps)
+    for module in (block, keeps):
+        with torch.autocast("cpu", torch.bfloat16), counting_activations(module) as count:
+            module(x)
+        counts.append(count())
+    unseen = (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)  # whose rounded weights are kept where the count does not look
+    given = x.numel() * (1 + 1 + 4)  # by two norms and a GELU
+    assert counts[1] - counts[0] == 2 * (given + sum(linear.weight.numel() for linear in unseen))
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -370,3 +370,23 @@ def test_linear_layers_start_as_the_authors_do_if_asked_to(start):
                 assert wanted == pytest.approx(cut["ratio_of_effective_to_nominal_std"] * bound)
             assert 0.98 * bound < float(found.abs().max()) <= bound * (1 + 1e-6)
             assert float(found.std()) == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize("biased", [None, "columns", "rows"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_what_is_wanted_of_the_last_tokens_is_what_a_block_gives_for_all(norm, biased):
+    torch.manual_seed(0)
+    block, x = Block(16, 2, norm=norm, layer_scale=0.5).double(), torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    bias = None if biased is None else torch.randn(3, 2, 7 if biased == "rows" else 1, 7, dtype=torch.float64)
+    found = []
+    for last in (None, 3):
+        block.zero_grad()
+        x.grad = None
+        out, ffn = block(x, bias, last)
+        out, ffn = out[:, -3:], ffn[:, -3:]
+        (out.sin().sum() + ffn.cos().sum()).backward()
+        found.append([out, ffn, x.grad, *(p.grad for p in block.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+    with pytest.raises(ValueError, match="causal attention is computed for all tokens"):
+        Block(16, 2, causal=True)(x.float(), None, 3)

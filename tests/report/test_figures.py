@@ -38,7 +38,7 @@ def test_attention_is_what_the_last_layer_multiplies_values_with(options):
     assert torch.equal(encoded.tokens, model(view).tokens)
     given = []
     attention = model.transformer.blocks[-1].attn
-    handle = attention.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    handle = attention.qkv.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     model(view)
     handle.remove()
     x, extra = given[0].double(), model.transformer.extra_tokens

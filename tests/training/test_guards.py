@@ -268,9 +268,10 @@ def test_a_collapse_is_told_once_stops_or_goes_back(setting, tmp_path, capsys):
 # The record -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(setting, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("words", [("data2vec2",), ("dino", "views.on_device=true")])
+def test_the_record_of_a_skipped_update_is_enough_to_build_its_batch_again(words, setting, monkeypatch, tmp_path, capsys):
     """N5: with the checkpoint's own weights the recorded losses come back, and the bad sample stands out."""
-    run = prepare(setting("data2vec2", "train.steps=3"))
+    run = prepare(setting(*words, "train.steps=3"))
     kept, index, step = {}, [], run.trainer.training_step
 
     def watched(model, inputs, *rest):

@@ -681,3 +681,19 @@ def test_the_model_folder_holds_the_student(whole):
     tensors, _ = checkpoint.load(checkpoint.find(whole / "checkpoints")[0])
     for name, tensor in exported.items():
         assert torch.equal(tensor, tensors["model"][f"method.student.{name}"])
+
+
+def test_crops_changed_on_the_device_teach_what_those_of_workers_teach(images, tmp_path):
+    path = tmp_path / "dino.yaml"
+    path.write_text(
+        f"data: {{path: {images}, modality: vision, workers: 1}}\n"
+        "model: {image_size: 16, patch_size: 4, channels: 1, hidden_size: 16, depth: 1, heads: 2}\n"
+        "method: {name: dino, hidden: 16, bottleneck: 8, prototypes: 6}\n"
+        "views: {crops: dino, mean: [0.4], std: [0.3]}\n"
+        "train: {steps: 4, global_batch: 8, device: cpu, log_every: 1, threads: 1}\n"
+        "watch: {every: 2, samples: 20, change: false}\nsave: {every: 2}\n"
+    )
+    runs = [pretrain(Recipe.load(path, f"out={tmp_path / on}", f"views.on_device={on}")) for on in ("false", "true")]
+    workers, device = map(curve, runs)
+    assert device == pytest.approx(workers, rel=1e-3)
+    assert len(set(device.values())) == 4

@@ -54,6 +54,25 @@ def test_a_second_run_is_refused_unless_overwritten(tmp_path):
     assert [p.name for p in folder.checkpoints.iterdir()] == ["mine"]
 
 
+def test_a_run_that_ended_before_it_learned_anything_needs_no_overwriting(tmp_path):
+    folder = RunFolder.create(tmp_path)
+    folder.write_identity("a: 1\n", ["mmssl"], {})
+    folder.log.write_text("refused\n")
+    folder.status("failed", error="train.recompute: nothing here has blocks")
+    RunFolder.create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    folder.status("running", host="elsewhere")
+    os.utime(folder.status_file, (0, 0))
+    with pytest.raises(RecipeError, match="holds a run"):
+        RunFolder.create(tmp_path)
+    for name in ("metrics.jsonl", "results.json", "checkpoints", "notes.txt"):
+        folder.status("failed", host=socket.gethostname())
+        (tmp_path / name).write_text("something")
+        with pytest.raises(RecipeError, match="holds a run"):
+            RunFolder.create(tmp_path)
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("status", [None, "{}", '{"state": "done"}', "[1]", "\xff"])
 def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path, status):
     (tmp_path / "config.yaml").write_text("precious")

@@ -3,11 +3,14 @@
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
+import time
 from contextlib import suppress
+from threading import Event
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from mmssl.config import Recipe
 from mmssl.errors import StorageError
 from mmssl.training import checkpoint, run_folder
 from mmssl.training.durable import DTYPES, safetensors, write
-from mmssl.training.pretrain import prepare
+from mmssl.training.pretrain import prepare, pretrain
 
 CALLS = ("open", "write", "fsync", "mkdir", "rename")
 NUMBERS = {"ENOSPC": "is full", "EDQUOT": "is full", "EROFS": "cannot be written"}
@@ -203,6 +206,88 @@ def test_t17_it_ends_with_6_when_saves_keep_failing_or_nothing_comes_after(recip
     path = checkpoint.newest(tmp_path / "run/out/checkpoints")
     assert checkpoint.step_of(path) == 1
     assert checkpoint.problem(path) is None
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(recipe, tmp_path, monkeypatch):
+    """The first one takes until the second is due; what is saved in the end is what a run saves that waits for each."""
+    gate, seen, save = Event(), [], checkpoint.save
+
+    def slow(root, step, *rest):
+        if step == 2:
+            assert gate.wait(60)
+        return save(root, step, *rest)
+
+    run = prepare(recipe("save.background=true", "save.every=2"))
+    end = run.trainer.end_update
+
+    def watched(control):
+        end(control)
+        seen.append((run.trainer.applied, checkpoint.newest(tmp_path / "run/out/checkpoints")))
+        if run.trainer.applied == 4:
+            gate.set()
+
+    run.trainer.end_update = watched
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", slow)
+        run.train()
+    assert seen[:4] == [(1, None), (2, None), (3, None), (4, None)]
+    background = checkpoint.load(checkpoint.newest(tmp_path / "run/out/checkpoints"))
+    assert checkpoint.problem(tmp_path / "run/out/checkpoints/step-00000004") is None
+    plain = checkpoint.load(checkpoint.newest(pretrain(recipe("save.every=2"), overwrite=True) / "checkpoints"))
+    for group in ("model", "optimizer"):
+        assert background[0][group].keys() == plain[0][group].keys()
+        assert all(torch.equal(tensor, plain[0][group][name]) for name, tensor in background[0][group].items())
+
+
+def test_what_goes_wrong_in_the_background_is_told_at_the_next_save(recipe, tmp_path, monkeypatch, capsys):
+    full, save = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), checkpoint.save
+
+    def refuse(root, step, *rest):
+        if step in (2, 3):
+            raise full
+        return save(root, step, *rest)
+
+    run = prepare(recipe("save.background=true"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", refuse)
+        run.train()
+    told = capsys.readouterr().err
+    assert "Step 2 was not saved, older checkpoints are as they were; the run stops when 2 more saves fail" in told
+    assert "Step 3 was not saved" in told
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run/out/checkpoints")) == 5
+    patient = prepare(recipe("save.background=true", "save.max_failed=2"), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", refuse)
+        with pytest.raises(StorageError, match="is full"):
+            patient.train()
+    found = checkpoint.newest(tmp_path / "run/out/checkpoints")
+    assert checkpoint.step_of(found) == 4  # begun when the second failure became known, and waited for
+    assert json.loads((tmp_path / "run/out/status.json").read_text())["state"] == "failed"
+
+
+def test_going_back_waits_for_what_is_being_written(recipe, tmp_path, monkeypatch):
+    save, order = checkpoint.save, []
+
+    def slow(root, step, *rest):
+        time.sleep(0.3)
+        order.append(step)
+        return save(root, step, *rest)
+
+    run = prepare(recipe("save.background=true", "save.every=2", "watch.on_nonfinite=rollback", "train.max_skips=0"))
+    step = run.trainer.training_step
+
+    def poisoned(model, inputs, *rest):
+        if run.trainer.state.global_step == 2 and not run.trainer.rollbacks:
+            inputs["0.vision.x"][0, 0, 0, 0] = math.nan
+        return step(model, inputs, *rest)
+
+    run.trainer.training_step = poisoned
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", slow)
+        run.train()
+    assert order == [2, 4, 5]
+    assert run.trainer.rollbacks == 1
+    assert json.loads((tmp_path / "run/out/status.json").read_text())["state"] == "finished"
 
 
 def test_t17_on_a_file_system_that_is_really_full(recipe, tmp_path, capsys):

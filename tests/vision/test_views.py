@@ -288,6 +288,37 @@ def test_rotation_cutout_sobel_and_noise_change_the_view_that_would_be_there_wit
     assert seen == {1, 2, 3}
 
 
+EVERYTHING = Crop(2, jitter=(0.8, 0.8, 0.8, 0.2), grey=0.3, blur=0.7, solarize=0.3, rotate=0.6, cutout=0.5, sobel=0.3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("crops", ["simclr", "moco1", "byol", "dino", [EVERYTHING]])
+def test_a_batch_changed_on_the_device_is_what_workers_make_of_each_image(crops, channels):
+    images = [picture(60, 50, seed) for seed in range(12)]
+    made = []
+    for on_device in (False, True):
+        views = ImageViews(features(channels=channels), crops=crops, mean=(0.4,), std=(0.2,), on_device=on_device)
+        samples = [views(image, drawn("device", i)) for i, image in enumerate(images)]
+        assert samples[0]["0.x"].dtype == (torch.uint8 if on_device else torch.float32)
+        made.append(views.finish(views.collate(samples)))
+        plain = [views.plain(images)]
+        assert views.finish(plain)[0] is plain[0]
+    assert len(made[0]) == len(made[1])
+    for one, other in zip(*made):
+        assert one.record.keys() == other.record.keys()
+        assert_close(other.x, one.x, rtol=0, atol=2e-4)
+        assert float((one.x - other.x.flip(0)).abs().mean()) > 0.1
+
+
+def test_what_a_batch_is_changed_by_is_in_full_precision_under_autocast():
+    views = ImageViews(features(), crops=[EVERYTHING], on_device=True)
+    batch = views.collate([views(picture(seed=seed), drawn("autocast", seed)) for seed in range(4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = views.finish(batch)
+    for one, other in zip(found, views.finish(batch), strict=True):
+        assert torch.equal(one.x, other.x)
+
+
 def test_boxes_are_distributed_as_the_kind_of_crop_says():
     image = picture(200, 160)
     views = ImageViews(features(), crops=[Crop(2, scale=(0.4, 1.0)), Crop(3, 16, scale=(0.05, 0.14))])
@@ -437,6 +468,8 @@ def test_a_bad_option_is_refused_by_its_name(options, name):
         ({"crops": "simclr", "flip": 0.0}, "scale, aspect, flip, jitter: each of the crops has its own"),
         ({"crops": "simclr", "jitter": 0.4}, "scale, aspect, flip, jitter: each of the crops has its own"),
         ({"crops": "simclr", "scale": [0.1, 1.0]}, "scale, aspect, flip, jitter: each of the crops has its own"),
+        ({"on_device": True}, "on_device: changes crops of views.crops, and there are none"),
+        ({"on_device": True, "crops": [Crop(), Crop(noise=0.1)]}, "on_device: noise of crops is drawn in workers"),
     ],
 )
 def test_bad_crops_are_refused(options, text):

@@ -33,6 +33,7 @@ class Side(NamedTuple):
     optimizer: torch.optim.Optimizer
     blocks: tuple[nn.Module, ...] = ()  # what `train.compile` compiles
     after: Callable[[], None] = lambda: None  # what comes after the optimizer's step, a teacher's move
+    tokens: int = 0  # of the batch, hidden ones included
 
     def step(self, precision: str = "fp32") -> None:
         """One update."""
@@ -75,7 +76,8 @@ def own_side(what: str, recipe: Recipe, method: Any, batch: Batch, compared: Cal
 
     optimizer = build_optimizer(objective, recipe.optim, schedule(recipe.optim, recipe.train.global_batch, 1.0))
     blocks = tuple(block for trunk in method.modules() if hasattr(trunk, "blocks") for block in trunk.blocks)
-    return Side(what, objective, loss, compared or loss, optimizer, blocks, lambda: method.after_step(CLOCK))
+    tokens = sum(view.mask.hidden.numel() for view in batch.views if view.mask is not None)
+    return Side(what, objective, loss, compared or loss, optimizer, blocks, lambda: method.after_step(CLOCK), tokens)
 
 
 def their_side(module: nn.Module, loss: Callable[[], Tensor], compared: Callable[[], Tensor] | None = None) -> Side:

@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {  # of every run: name -> what differs
     "folder, 2 workers": ("data=FOLDER/images", "data.workers=2"),
     "folder, accumulation": ("data=FOLDER/images", "train.micro_batch=4"),
     "folder, saves off the pass": ("data=FOLDER/images", "save.every=5", "data.workers=1"),
+    "folder, saves in the background": ("data=FOLDER/images", "save.background=true"),
     "parquet, 2 workers": ("data=FOLDER/parquet", "data.workers=2"),
     "stream, no worker": ("data=FOLDER/parquet", "data.streaming=true"),
     "stream, 2 workers": ("data=FOLDER/parquet", "data.streaming=true", "data.workers=2"),
