@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmssl.model.modeling import MmsslModel
     from mmssl.training.export import export
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 
 _HOMES = {
     "Recipe": "mmssl.config",
