@@ -38,9 +38,11 @@ $(PEERS)/.installed: pyproject.toml constraints.txt  ## what others would use, b
 	touch $@
 
 bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about two hours
-	for name in start scale masks visible watch claim reach save nt_xent parts views finish; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
+	for name in start scale masks visible watch claim reach save nt_xent losses parts views finish feed; do $(PEERS)/bin/python -m tools.bench $$name || exit 1; done
 	$(PEERS)/bin/python -m tools.bench views peer=torchvision
-	$(PEERS)/bin/python -m tools.bench masks peer=vision/data2vec1-base
+	$(PEERS)/bin/python -m tools.bench feed rate=44100
+	$(PEERS)/bin/python -m tools.bench feed kind=text
+	for name in data2vec1 mae; do $(PEERS)/bin/python -m tools.bench masks peer=vision/$$name-base || exit 1; done
 	for name in mae wav2vec2 mlm; do $(PEERS)/bin/python -m tools.bench step method=$$name batch=8 || exit 1; done
 	for name in simclr byol vicreg barlow_twins swav dino; do for part in step loss; do \
 		$(PEERS)/bin/python -m tools.bench joint method=$$name part=$$part || exit 1; done; done

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from tools.bench import finish, joint, masks, parts, reach, save, scale, step, views
+from tools.bench import feed, finish, joint, losses, masks, parts, reach, save, scale, step, views
 from tools.bench.turns import by_turns
 
 
@@ -23,6 +24,35 @@ def test_against_data2vec1_both_learn_from_as_many_masked_views():
     assert found["views_a_step"] == 6
     assert found["views_ratio"] == pytest.approx(1 / found["time_ratio"], abs=0.01)
     assert "vision/data2vec1-demo, batch 6" in found["seconds"]
+
+
+def test_a_method_without_a_teacher_has_its_own_masks():
+    found = masks.run(recipe="vision/data2vec2-demo", masks="3", batch="2", pairs="1", peer="vision/mae-demo")
+    assert found["views_a_step"] == 6
+    assert "vision/mae-demo, batch 6" in found["seconds"]
+
+
+def test_memory_of_a_loss_grows_with_its_batch(monkeypatch):
+    monkeypatch.setattr(losses, "_fresh", lambda *words: losses._measure(*map(str, words)))
+    sizes = {"nt_xent": ((128, 64), (512, 64)), "sinkhorn": ((512, 100), (2048, 100))}
+    few = {name: case._replace(sizes=sizes[name]) for name, case in losses.CASES.items() if name in sizes}
+    monkeypatch.setattr(losses, "CASES", few)
+    found = losses.run(times="1", only="nt_xent,sinkhorn:512")
+    assert found["nt_xent, 128 x 64"][1] < found["nt_xent, 512 x 64"][1]
+    assert len(found["nt_xent, exponents"]) == 2
+    assert "sinkhorn, 512 x 100" in found
+    assert "sinkhorn, 2048 x 100" not in found
+
+
+def test_sound_and_text_make_the_batches_of_transformers_examples(monkeypatch):
+    found = feed.run(samples="2", pairs="1")
+    assert found["times_real_time"].keys() == {"ours", "theirs"}
+    found = feed.run(kind="text", files="20", samples="4", pairs="1")
+    assert found["tokens_a_second"]["ours"] > 0
+    assert found["masking_ratio"] > 0
+    monkeypatch.setattr(feed, "heard_by_transformers", lambda given: (torch.zeros(len(given), 160_000), None))
+    with pytest.raises(RuntimeError, match="different waves"):
+        feed.run(samples="2", pairs="1")
 
 
 @pytest.mark.realdata

@@ -51,8 +51,9 @@ def decode(value: Any) -> Tensor:
         guessed = re.search(r"bitrate mode\s*: constant", file.extra_info)
         if len(samples) < WHOLE * file.frames and not guessed:
             raise Rejected("truncated", f"{len(samples)} of {file.frames} samples")
-        wave = torch.from_numpy(samples).mean(1)
-        if not bool(wave.isfinite().all()):
+        wave = torch.from_numpy(samples)
+        wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(1)
+        if not math.isfinite(wave.sum()) and not bool(wave.isfinite().all()):  # of finite samples the sum may overflow
             raise Rejected("non_finite", "NaN or infinite samples")
         wave = _resampled(wave, file.samplerate)
     _check_length(len(wave))

@@ -176,6 +176,11 @@ def test_non_finite(value):
     assert rejection(encoded(wave, RATE, "WAV", "FLOAT")) == "non_finite"
 
 
+def test_finite_samples_whose_sum_is_not():
+    loud = np.full((800, 1), 1e38, np.float32)
+    assert_close(decode(encoded(loud, RATE, "WAV", "FLOAT")), torch.full((800,), 1e38))
+
+
 def test_one_frame_is_the_least():
     assert len(decode(encoded(noise(400)))) == 400
     assert rejection(encoded(noise(399))) == "too_short"

@@ -16,6 +16,8 @@ NAMES = {
     "joint": "a step of SimCLR, BYOL, VICReg, Barlow Twins, SwAV or DINO, or its loss alone, against lightly",
     "views": "photos to two views by SimCLR's policy, images a second of one core, against lightly or torchvision",
     "finish": "crops changed in a batch where the model is against crops changed one by one in a worker",
+    "feed": "sound and text from files to batches, of one core, against the pipelines of transformers' examples",
+    "losses": "NT-Xent, InfoNCE with a queue, VICReg, Barlow Twins and Sinkhorn as their batch grows: time and memory",
     "watch": "updates with online watching at the default interval against updates without",
     "parts": "a step of MoCo v3 whose encoder sees a quarter of the samples at once against all of them: time and memory",
     "start": "from a command to its first result: mmssl --help, and the demo's first update",

@@ -1,4 +1,4 @@
-"""What more masks per sample cost: M = 8 against M = 1, or against data2vec 1, at the shapes of vision/data2vec2-base."""
+"""What more masks per sample cost: M = 8 against M = 1, data2vec 1 or MAE, at the shapes of vision/data2vec2-base."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run(recipe: str = "vision/data2vec2-base", masks: str = "8", batch: str = "2
     """Whole steps (forward, backward, optimizer, teacher), by turns.
 
     Args:
-        peer: `one`, the same step with a single mask; or a recipe of data2vec 1 such as vision/data2vec1-base, of as many
-            images as there are masked views here, without the dropout that data2vec 2 does not have either.
+        peer: `one`, the same step with a single mask; or a recipe with one mask a sample such as vision/data2vec1-base or
+            vision/mae-base, of as many images as there are masked views here, without the dropout that data2vec 2 lacks, too.
         precision: fp32, or bf16 for autocast.  compiled: whether blocks are compiled, on both sides, as by `train.compile`.
         best: TFLOP a second of the device in that precision; those of a product of large matrices if empty.
-    Returns: `time_ratio` (many masks : the other, median over pairs), its spread, and the check that the teacher ran once a
-        sample in both; with one mask the arithmetic, and against data2vec 1 how many times as many masked views a second. Of
+    Returns: `time_ratio` (many masks : the other, median over pairs), its spread, and the check that teachers ran once a
+        sample in both; with one mask the arithmetic, and against others how many times as many masked views a second. Of
         the many masks `utilisation`, the share of `best` that their products have, and how often the host waits in a step.
     """
     where = _Where(device, precision, compiled == "true")
@@ -81,7 +81,8 @@ class _Side:
         self.optimizer = build_optimizer(self.objective, setting.optim) if of is None else of.optimizer
         self.calls: list[int] = [] if of is None else of.calls
         method: Any = self.objective.method
-        if of is None:
+        self.taught = hasattr(method, "teacher")
+        if of is None and self.taught:
             method.teacher.encoder.transformer.register_forward_hook(lambda _, given, out: self.calls.append(len(given[0])))
         tensors, keys = _batch(setting, method, samples, copies)
         self.batch = {name: tensor.to(where.device) for name, tensor in tensors.items()}, keys
@@ -105,17 +106,18 @@ class _Side:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.method.after_step(Clock(1, 100))
-        assert self.calls == [self.samples], "the teacher must run once per sample, whatever the number of masks"
+        assert self.calls == [self.samples] * self.taught, "the teacher must run once per sample, whatever the number of masks"
 
 
 def _batch(setting: Recipe, method: Any, samples: int, copies: int) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     features, m = method.student.encoder.features, setting.views.mask  # type: ignore[attr-defined]
     draw = generator("bench")
     x = torch.randn(samples, features.channels, features.image_size, features.image_size, generator=draw)
-    if method.drops:
-        mask = Mask.of(blocks(features.grid, samples * copies, m.ratio, m.width, m.adjust, draw, m.inverse))
+    if m.kind == "block" and method.drops:
+        hidden = blocks(features.grid, samples * copies, m.ratio, m.width, m.adjust, draw, m.inverse)
     else:
-        mask = Mask.replacing(uniform(features.length, samples * copies, m.ratio, draw))
+        hidden = uniform(features.length, samples * copies, m.ratio, draw)
+    mask = Mask.of(hidden) if method.drops else Mask.replacing(hidden)
     batch = Batch([View(x, "vision", mask=mask)], torch.arange(samples))
     return batch.tensors(), tuple(range(samples))
 
