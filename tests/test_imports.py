@@ -111,3 +111,15 @@ def test_the_auto_classes_know_our_model_whatever_was_imported_first():
     for first in ("mmssl.model.backbone", "mmssl.model.tasks"):
         done = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.is_file() or "[never]" in HUGE.read_text(), reason="this kernel gives no huge pages")
+@pytest.mark.parametrize("first", ["torch", "mmssl"])
+def test_large_tensors_lie_in_huge_pages(first):
+    code = f"import {first}, mmssl, torch; x = torch.ones(2**24); print(open('/proc/self/smaps_rollup').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (kilobytes,) = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("AnonHugePages"))
+    assert kilobytes > 2**15  # half of the tensor
