@@ -34,7 +34,7 @@ soak: $(STAMP)  ## engines compared, and faults on purpose: kills, malformed fil
 PEERS := .venv-bench
 $(PEERS)/.installed: pyproject.toml constraints.txt  ## what others would use, beside this package
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e . lightly
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]" lightly
 	touch $@
 
 bench: $(PEERS)/.installed  ## ratios of docs/benchmarks.md; leave the machine alone meanwhile, about two hours
