@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.make_demo_data import write
+from tools.make_demo_data import MAKERS
 
 DATA = Path("demo-data")
 TOLD = {"vision": "images of digits", "speech": "spoken words of new voices", "text": "paragraphs of new documents"}
@@ -41,6 +41,13 @@ def demo(folder: Path, seed: int, modality: str, words: Sequence[str] = ()) -> S
     return scores
 
 
+def make_data(modality: str) -> None:
+    """Its samples, the same each time, just before they are wanted; for text a tokenizer, too."""
+    MAKERS[modality](DATA)
+    if modality == "text" and not (DATA / "tokenizer").is_dir():
+        call("tokenizer", "train", f"data={DATA}/text", f"out={DATA}/tokenizer", f"vocab={VOCABULARY}")
+
+
 def call(*words: str) -> None:
     """`mmssl WORDS`, or exit as it does."""
     from mmssl.cli import main as mmssl
@@ -53,16 +60,17 @@ def call(*words: str) -> None:
 def main() -> None:
     """Read the words, run, compare the seeds."""
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    write(DATA)
-    if not (DATA / "tokenizer").is_dir():
-        call("tokenizer", "train", f"data={DATA}/text", f"out={DATA}/tokenizer", f"vocab={VOCABULARY}")
     folder, seeds = Path(given.get("out", "runs/demo")), [int(seed) for seed in given.get("seeds", "0").split(",")]
     modalities = given.get("only", "vision,speech,text").split(",")
     words = [f"{name}={value}" for name, value in given.items() if "." in name]
     found: dict[int, dict[str, Scores]] = {}
     for seed in seeds:
         place = folder if len(seeds) == 1 else folder / f"seed-{seed}"
-        found[seed] = {modality: demo(place, seed, modality, words) for modality in modalities}
+        found[seed] = {}
+        for modality in modalities:
+            if seed == seeds[0]:
+                make_data(modality)
+            found[seed][modality] = demo(place, seed, modality, words)
         (place / "summary.json").write_text(json.dumps(found[seed], indent=2) + "\n")
     print("On held-out samples, random init -> pretrained:")
     for seed, summary in found.items():

@@ -37,9 +37,12 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> set[int]:
     return {i for *_, i in ranked[:count]}
 
 
+MAKERS = {"vision": vision, "speech": speech, "text": text}
+
+
 def write(folder: Path) -> None:
     """All three."""
-    for make in (vision, speech, text):
+    for make in MAKERS.values():
         make(folder)
 
 
