@@ -35,9 +35,11 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: Proc
         raise ValueError(f"iterations: {iterations}, must be at least 1")
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: {scores.dtype}, too coarse to be divided by eps; pass scores.float(), made without autocast")
-    logits = scores * (1 / eps)  # a division of each takes twice as long
-    logits.sub_(all_max(logits.amax(0), group))
-    codes = logits.sub_(all_sum(logits.exp().sum(0), group).log()).softmax(1)
+    scale = 1 / eps
+    logits = torch.add(all_max(scores.amax(0), group) * -scale, scores, alpha=scale)
+    mass = torch.exp(logits)
+    logits.sub_(all_sum(mass.sum(0), group).log())
+    codes = torch.softmax(logits, 1, out=mass)
     samples, prototypes = codes.new_ones(len(codes)), codes.new_ones(codes.shape[1])
     for _ in range(iterations - 1):  # factors of rows and columns, so that the matrix is only read
         prototypes = 1 / all_sum(samples @ codes, group)
@@ -57,7 +59,7 @@ def swav(scores: Sequence[Tensor], codes: Mapping[int, Tensor], temperature: flo
     Source: arXiv:2006.09882, Eq. 1-2 and 6.
     """
     above_zero(temperature=temperature)
-    return predict_others(codes, [at_least_fp32(one) * (1 / temperature) for one in scores])
+    return predict_others(codes, scores, 1 / temperature)
 
 
 def cluster_cross_entropy(scores: Tensor, ids: Tensor, temperature: float = 0.1, group: ProcessGroup | None = None) -> Tensor:
