@@ -205,8 +205,8 @@ class SpeechViews(Views):
         """Mean 0 and variance 1 over the whole sample."""
         if not self.normalise:
             return sample
-        variance, mean = torch.var_mean(sample, correction=0)
-        return (sample - mean) / (variance + EPS).sqrt()
+        centred = sample - sample.mean()
+        return centred.mul_((centred.square().mean() + EPS).rsqrt())  # `var_mean` takes five times as long
 
 
 def _crop(wave: Tensor, length: int, draw: torch.Generator) -> Tensor:
