@@ -32,6 +32,7 @@ GREY_FIRST: tuple[Step, ...] = ("grey", "jitter", "blur", "solarize", "flip")
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 UNCUT = (0.0, 0.0, 0.0)
 SINGLE = ("flip", "grey", "blur", "solarize", "rotation", "noise", "sobel")  # what one number tells of a change
+RECORD = {"box": 4, "colour": 4, "sequence": 4, "cutout": 3} | dict.fromkeys(SINGLE, 1)  # what is told of a crop, in how many
 COLOURS = (brightness, contrast, saturation, hue)
 
 
@@ -232,16 +233,21 @@ class Change(NamedTuple):
             x = cut_out(x, *self.cutout)
         return gradients(x) if self.sobel else x
 
-    def record(self) -> dict[str, Tensor]:
-        """What a view tells of it, all float32.
+    def numbers(self) -> list[float]:
+        """What is told of it, in the order of `RECORD`, whose box comes first."""
+        return [*self.colour, *self.sequence, *self.cutout, *(getattr(self, name) for name in SINGLE)]
 
-        Returns: flip (), colour (4,), sequence (4,), grey (), blur (), solarize (), rotation () from 0 to 3, noise (),
-            cutout (3,), sobel ().
-        """
-        single = [getattr(self, name) for name in SINGLE]
-        told = torch.tensor([*self.colour, *self.sequence, *self.cutout, *single])  # one, since each takes five microseconds
-        colour, sequence, cutout, rest = told.split((4, 4, 3, len(SINGLE)))
-        return {"colour": colour, "sequence": sequence, "cutout": cutout} | dict(zip(SINGLE, rest.unbind(), strict=True))
+
+def told(numbers: Tensor) -> dict[str, Tensor]:
+    """What the numbers of crops mean, which workers pass on as one tensor each.
+
+    Args:
+        numbers: (B, 22) float32: the box and `Change.numbers` of each.
+    Returns: box (B, 4), left, top, width and height as shares of the image; colour (B, 4), sequence (B, 4), cutout (B, 3);
+        flip, grey, blur, solarize, rotation from 0 to 3, noise and sobel, (B,) each.
+    """
+    parts = numbers.split([*RECORD.values()], dim=1)
+    return {name: part.squeeze(1).contiguous() for name, part in zip(RECORD, parts, strict=True)}
 
 
 def recoloured(x: Tensor, colour: Sequence[float], sequence: Sequence[int]) -> Tensor:

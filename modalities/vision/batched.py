@@ -17,7 +17,7 @@ def changed(pixels: Tensor, told: dict[str, Tensor], crop: Crop) -> Tensor:
 
     Args:
         pixels: (B, C, H, W) from 0 to 255, of any type.
-        told: of each image, see `Change.record`.
+        told: of each image, see `augment.told`.
     Returns: (B, C, H, W) float32 from 0 to 255, not rounded.
     """
     x = _where(told["flip"], pixels.flip(-1), pixels).to(torch.float32, copy=True)

@@ -61,21 +61,29 @@ def grey(x: Tensor) -> Tensor:
 
 def brightness(x: Tensor, factor: float | Tensor) -> Tensor:
     """Away from black."""
-    return x.mul_(factor).clamp_(0, 255)
+    return _within(x.mul_(factor), factor)
 
 
 def contrast(x: Tensor, factor: float | Tensor) -> Tensor:
     """Away from the mean luma of the image."""
-    middle = grey(x.mean((-2, -1), keepdim=True))
-    return x.mul_(factor).add_((1 - factor) * middle).clamp_(0, 255)
+    return _away(x, grey(x.mean((-2, -1), keepdim=True)), factor)
 
 
 def saturation(x: Tensor, factor: float | Tensor) -> Tensor:
     """Away from the luma of the pixel; grey images have no colour to be changed."""
-    if x.shape[-3] == 1:
-        return x
-    plain = grey(x).mul_(1 - factor)
-    return x.mul_(factor).add_(plain).clamp_(0, 255)
+    return x if x.shape[-3] == 1 else _away(x, grey(x), factor)
+
+
+def _away(x: Tensor, plain: Tensor, factor: float | Tensor) -> Tensor:
+    """What `factor` leaves of the way from `plain`, which is written to, in place."""
+    plain.mul_(1 - factor)
+    x = x.mul_(factor).add_(plain) if isinstance(factor, Tensor) else torch.add(plain, x, alpha=factor, out=x)
+    return _within(x, factor)
+
+
+def _within(x: Tensor, factor: float | Tensor) -> Tensor:
+    """Cut off at black and white; a factor of at most 1 leads nowhere beyond them."""
+    return x.clamp_(0, 255) if isinstance(factor, Tensor) or factor > 1 else x
 
 
 def hue(x: Tensor, turns: float | Tensor) -> Tensor:
@@ -88,20 +96,20 @@ def hue(x: Tensor, turns: float | Tensor) -> Tensor:
     torch.maximum(high, blue, out=high)
     torch.minimum(low, blue, out=low)
     range_ = high - low
-    # The hue in sixths of a turn, times the range: from red, 2 from green, 4 from blue. A product with 0 or 1 picks the one of
-    # the highest channel; `where` takes thirty times as long on pixels that alternate.
-    not_red, not_green = (high - red).sign_(), (high - green).sign_()
-    from_green, from_blue = (blue - red).add_(range_, alpha=2), (red - green).add_(range_, alpha=4)
-    sixths = (green - blue).lerp_(from_green.lerp_(from_blue, not_green), not_red)
-    sixths.div_(range_.clamp_min_(1e-6)).add_(6 * turns)
-    sixths.sub_((sixths * (1 / 6)).floor_(), alpha=6)
-    # How far each channel is from its end, as a share of the range: none within a sixth of 3 (red, from low) or of its own hue.
-    for channel, own in ((red, 3), (green, 2), (blue, 4)):
-        torch.sub(sixths, own, out=channel).abs_()
-    x.sub_(1).clamp_(0, 1)
-    torch.addcmul(low, range_, red, out=red)
-    torch.addcmul(high, range_, green, value=-1, out=green)
-    torch.addcmul(high, range_, blue, value=-1, out=blue)
+    low.sub_(range_)
+    high.add_(range_)
+    # Sixths of a turn from red, times the range. From red over yellow and green to cyan, green rises, then red falls, then blue
+    # rises, each by the range in a sixth: what green and blue have gained and red has lost is the way so far. Back over magenta
+    # and blue it is the same, with green and blue exchanged, and counted downwards.
+    way = (green + blue).sub_(red).sub_(low).copysign_(green - blue)
+    way.div_(range_.clamp_min_(1e-6)).mul_(1 / 6).add_(turns % 1 + 1).frac_()
+    # Each channel goes from end to end between a sixth and two from red's opposite or from its own hue.
+    for channel, own in ((red, 1 / 2), (green, 1 / 3), (blue, 2 / 3)):
+        torch.sub(way, own, out=channel).abs_()
+    x.clamp_(1 / 6, 1 / 3)
+    torch.addcmul(low, range_, red, value=6, out=red)
+    torch.addcmul(high, range_, green, value=-6, out=green)
+    torch.addcmul(high, range_, blue, value=-6, out=blue)
     return x
 
 

@@ -16,7 +16,7 @@ from mmssl.masks import blocks, uniform
 from mmssl.random import generator, key
 from mmssl.registry import Views
 from mmssl.types import Mask, View
-from modalities.vision.augment import Change, Crop, check_box, check_crop, policy, recoloured
+from modalities.vision.augment import Change, Crop, check_box, check_crop, policy, recoloured, told
 from modalities.vision.batched import changed, finished
 from modalities.vision.masks import (
     block_size,
@@ -125,8 +125,8 @@ class ImageViews(Views):
         """The crops of an image and the masks of those of full size.
 
         Returns: x (C, H, W) float, normalised, or uint8 for `finish`; if the recipe masks, hidden (M, L) bool, or seed ()
-            int64 of masks that depend on the batch. Where `crops` is given, the names of view i begin with `i.`, and its
-            record is beside them: box (4,), left, top, width and height as shares of the image, and what `Change.record` tells.
+            int64 of masks that depend on the batch. Where `crops` is given, the names of view i begin with `i.`, and beside
+            them is its record (22,) float32, see `told`.
         """
         image = self._in_mode(sample)
         if not self.kinds:
@@ -143,7 +143,7 @@ class ImageViews(Views):
             else:
                 x = change.finished(self._normalised(change.applied(x, crop.order)))
             shares = (left / image.width, top / image.height, width / image.width, height / image.height)
-            view = {"x": x, "box": torch.tensor(shares), **change.record()}
+            view = {"x": x, "record": torch.tensor((*shares, *change.numbers()))}
             if self.mask is not None and i < self.count:
                 view |= self._hidden(source)
             tensors |= {f"{i}.{name}": tensor for name, tensor in view.items()}
@@ -211,7 +211,7 @@ class ImageViews(Views):
             own = {name.removeprefix(prefix): torch.stack([sample[name] for sample in samples]) for name in names}
             shared = None if seed is None else key(int(seed), i)
             x, mask = own.pop("x"), self._mask(own.pop("hidden", None), own.pop("seed", None), shared)
-            views.append(View(x, "vision", mask=mask, record=own))
+            views.append(View(x, "vision", mask=mask, record=told(own["record"]) if own else {}))
         return views
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from modalities.vision.augment import (
     check_crop,
     policy,
     recoloured,
+    told,
 )
 from modalities.vision.pixels import (
     blur,
@@ -405,8 +406,9 @@ def test_what_is_not_drawn_is_neutral():
 
 def test_the_record_is_what_was_drawn():
     change = Change(True, (1.5, 0.5, 1.25, -0.25), (3, 0, 2, 1), False, 0.75, True, 3, 0.125, 99, (0.25, 0.75, 0.5), True)
-    record = change.record()
-    assert {name: t.tolist() for name, t in record.items()} == {
+    record = told(torch.tensor([[0.5, 0.25, 0.125, 1.0, *change.numbers()]]))
+    assert {name: t[0].tolist() for name, t in record.items()} == {
+        "box": [0.5, 0.25, 0.125, 1.0],
         "flip": 1.0,
         "colour": [1.5, 0.5, 1.25, -0.25],
         "sequence": [3.0, 0.0, 2.0, 1.0],
@@ -418,7 +420,7 @@ def test_the_record_is_what_was_drawn():
         "cutout": [0.25, 0.75, 0.5],
         "sobel": 1.0,
     }
-    assert {t.dtype for t in record.values()} == {torch.float32}
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in record.values())
 
 
 # Policies: (count, size, scale, interpolation, jitter, its chance, grey, blur, solarize, order), a row for each kind of crop

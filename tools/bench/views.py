@@ -73,8 +73,8 @@ def opened(data: bytes) -> Image.Image:
 
 
 def ours(size: int) -> Callable[[bytes], list[Tensor]]:
-    """What a worker does, draws and records included."""
-    words = ("views.crops=simclr", f"model.image_size={size}", f"views.mean={[*MEAN]}", f"views.std={[*STD]}")
+    """What a worker does, draws and records included. The policy is the one with the peers' interpolation, bilinear."""
+    words = ("views.crops=swav-two-crop", f"model.image_size={size}", f"views.mean={[*MEAN]}", f"views.std={[*STD]}")
     recipe = Recipe.load("vision/simclr-cifar10-cpu", *words)
     make, numbers = recipe.build_views(), count()
 
