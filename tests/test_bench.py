@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tools.bench import feed, finish, joint, losses, masks, parts, reach, save, scale, step, views
+from tools.bench.aside import Aside
 from tools.bench.turns import by_turns
 
 
@@ -100,19 +101,27 @@ def test_the_benchmark_of_saving_writes_both_ways(tmp_path):
 @pytest.mark.parametrize("method", ["mae", "wav2vec2", "mlm"])
 def test_a_step_of_transformers_has_the_same_loss(method):
     decoder = {"mae": " method.decoder.depth=1"}.get(method, "")
-    found = step.run(method=method, batch="1", pairs="1", memory="false", words="model.depth=1" + decoder)
+    found = step.run(method=method, batch="1", pairs="1", words="model.depth=1" + decoder)
     assert found["loss_difference"] < 1e-5
     assert found["seconds"].keys() == {"ours", "theirs"}
     assert 0 < found["utilisation"] < 1
     assert found["teraflop"] / found["tokens_a_second"] > 0
+    assert min(found["mebibytes"].values()) > 10
 
 
 def test_a_step_that_computes_something_else_is_not_timed(monkeypatch):
-    pair = step.PEERS["mlm"](1, "cpu", "model.depth=1")
-    other = pair.theirs._replace(compared=lambda: 2 * pair.ours.compared())
-    monkeypatch.setitem(step.PEERS, "mlm", lambda *given: pair._replace(theirs=other))
+    losses = iter([1.0, 1.001])
+    monkeypatch.setattr(step.Aside, "__init__", lambda self, *words, **more: None)
+    monkeypatch.setattr(step.Aside, "__exit__", lambda self, *of: None)
+    monkeypatch.setattr(step.Aside, "ask", lambda self, name: {"loss": next(losses)})
     with pytest.raises(RuntimeError, match="compute different losses"):
-        step.run(method="mlm", memory="false")
+        step.run(method="mlm", best="1")
+
+
+def test_a_side_that_ends_is_told(capfd):
+    with Aside("tools.bench.step", "ours", "nothing", *"111111") as side, pytest.raises(RuntimeError, match="ended; see above"):
+        side.ask("facts")
+    assert "KeyError: 'nothing'" in capfd.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_named_with_the_mend(monkeypatch):

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from mmssl.allocator import keep_freed_memory
 from mmssl.config import FinetuneRecipe, checked_views, read_yaml
 from mmssl.data.sampler import check_batch
 from mmssl.distributed import all_sum
@@ -103,6 +104,8 @@ def finetune(recipe: FinetuneRecipe, overwrite: bool = False, resume: bool = Fal
     sets, model, inputs, codec, kind = prepared(recipe)
     trained = restrict(model, recipe)
     args = training_arguments(recipe, len(sets.train), codec is not None)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     folder = _opened(recipe, args, overwrite, resume)
     folder.write_identity(recipe.dump(), sys.argv, sets.facts)
     follow = Follow(folder, sets.train)

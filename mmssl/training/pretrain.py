@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmssl import report, stage
+from mmssl.allocator import keep_freed_memory
 from mmssl.config import JointRecipe, Recipe, Settings
 from mmssl.data.quarantine import Quarantine, Quarantines
 from mmssl.distributed import world
@@ -82,6 +83,8 @@ def prepare(
     peers, at = Peers(), out(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     folder: RunFolder | None = None
 
     def opened() -> RunFolder:
