@@ -54,7 +54,7 @@ def run(recipe: str = "vision/moco_v3-small", batch: str = "32", rows: str = "8"
         and moments, in a process for each), and the losses of both, which must agree to 1e-4.
     """
     sides = {name: _side(name, recipe, batch, rows, device, precision, words) for name in SIDES}
-    losses = {name: float(side.loss()) for name, side in sides.items()}
+    losses = {name: float(side.loss().detach()) for name, side in sides.items()}
     if abs(losses["parts"] - losses["whole"]) > 1e-4 * abs(losses["whole"]):
         raise RuntimeError(f"the two sides compute different losses, {losses}; there is nothing to time")
     peaks = {name: _peak(name, recipe, batch, rows, device, precision, words) for name in SIDES}
