@@ -18,7 +18,7 @@ FILES = {
 
 # Lowest floor first: a module imports from its own floor or from those below. `mmssl/__init__.py` is the front door.
 FLOORS = [
-    ["types", "errors", "random", "files", "redaction", "masks", "crops", "stage"],
+    ["types", "errors", "random", "files", "redaction", "masks", "crops", "stage", "allocator"],
     ["schedules", "registry", "distributed", "batch_ops", "lars"],
     ["model"],
     ["losses", "parts"],
