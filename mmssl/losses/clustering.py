@@ -19,8 +19,8 @@ from mmssl.losses.numerics import above_zero, at_least_fp32, without_autocast
 def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: ProcessGroup | None = None) -> Tensor:
     """Codes: soft assignments that follow the scores while all prototypes get about the same share of the batch of all ranks.
 
-    Each iteration gives all prototypes the same mass, then all samples. The first one, done with logarithms, leaves a prototype
-    at least 1 / K and a sample 1, so that nothing over- or underflows in the others.
+    Each iteration gives all prototypes the same mass, then all samples. A column's largest entry is made 1, then a row's, which
+    moves no column's: both sums stay above 0 whatever the scores.
 
     Args:
         scores: (B, K) cosines of samples and prototypes, float32 or float64; each rank has other rows.
@@ -36,15 +36,15 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: Proc
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores: {scores.dtype}, too coarse to be divided by eps; pass scores.float(), made without autocast")
     scale = 1 / eps
-    logits = torch.add(all_max(scores.amax(0), group) * -scale, scores, alpha=scale)
-    mass = torch.exp(logits)
-    logits.sub_(all_sum(mass.sum(0), group).log())
-    codes = torch.softmax(logits, 1, out=mass)
-    samples, prototypes = codes.new_ones(len(codes)), codes.new_ones(codes.shape[1])
-    for _ in range(iterations - 1):  # factors of rows and columns, so that the matrix is only read
-        prototypes = 1 / all_sum(samples @ codes, group)
-        samples = 1 / (codes @ prototypes)
-    return codes.mul_(prototypes).mul_(samples[:, None]) if iterations > 1 else codes
+    codes = torch.add(all_max(scores.amax(0), group) * -scale, scores, alpha=scale)
+    lag = codes.amax(1)
+    codes.sub_(lag[:, None]).exp_()
+    samples, prototypes = lag.exp(), lag
+    for _ in range(iterations):  # factors of rows and columns, so that the matrix is only read
+        mass = all_sum(samples @ codes, group)
+        prototypes = mass.amin() / mass  # at most 1, or factors would grow by the ratio of samples to prototypes each time
+        samples = (codes @ prototypes).reciprocal()
+    return codes.mul_(prototypes).mul_(samples[:, None])
 
 
 def swav(scores: Sequence[Tensor], codes: Mapping[int, Tensor], temperature: float = 0.1) -> Tensor:

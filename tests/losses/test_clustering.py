@@ -56,6 +56,16 @@ def test_fp32_has_the_codes_of_double_where_exponentials_overflow_and_underflow(
     assert_close(found.sum(1), torch.ones(32))
 
 
+@pytest.mark.parametrize(("samples", "prototypes"), [(64, 512), (512, 64)])
+def test_many_iterations_do_not_run_away_with_the_ratio_of_samples_to_prototypes(samples, prototypes):
+    scores = F.normalize(drawn(samples, 8), dim=1) @ F.normalize(drawn(8, prototypes, seed=1), dim=0)
+    logs = scores / 0.05
+    for _ in range(200):
+        logs = logs - logs.logsumexp(0)
+        logs = logs - logs.logsumexp(1, keepdim=True)
+    assert_close(sinkhorn(scores.float(), iterations=200).double(), logs.exp(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_codes_from_half_precision_are_refused(dtype):
     with pytest.raises(ValueError, match=rf"^scores: {dtype}, .*pass scores\.float\(\)"):
