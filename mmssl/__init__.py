@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmssl.model.modeling import MmsslModel
     from mmssl.training.export import export
 
-__version__ = "0.15.0"
+__version__ = "0.15.1"
 
 # Large tensors of the CPU in huge pages, where the system has them: torch reads this when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -69,9 +69,9 @@ class LocalGradients:
         self.bad = found if self.bad is None else self.bad | found
 
     def take(self, device: torch.device) -> Tensor:
-        """() 1.0 if one was bad since the last call, else 0.0."""
+        """() bool: whether one was bad since the last call."""
         bad, self.bad = self.bad, None
-        return torch.zeros((), device=device) if bad is None else bad.float().to(device)
+        return torch.zeros((), dtype=torch.bool, device=device) if bad is None else bad.to(device)
 
 
 def forget_gradients(optimizer: Any) -> None:

@@ -132,6 +132,7 @@ class SelfSupervisedTrainer(Trainer):
         self._describe = describe
         self.weights: list[dict[str, Tensor]] = []  # of the micro-batches of this update
         self.micro, self.spoilt, self.skips = 0, False, 0
+        self.amiss: Tensor  # () bool: whether this rank saw what is not finite in this update; ranks agree on it once
         self.recent: list[int] = []  # steps of the last thousand whose update was left out
         self.taken: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # samples, loss terms
         self.norm: float | None = None  # of its gradients, if it came to them
@@ -251,6 +252,7 @@ class SelfSupervisedTrainer(Trainer):
     def begin_update(self) -> None:
         """Rates and passes for this update."""
         self.micro, self.spoilt, self.pending, self.taken, self.norm = 0, False, [], [], None
+        self.amiss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         assert self.optimizer is not None
         self.lr = self.rate(self.clock) * self.recipe.watch.rollback_factor**self.rollbacks
         self.statistics.keep()
@@ -258,7 +260,7 @@ class SelfSupervisedTrainer(Trainer):
         set_rates(self.optimizer, self.lr, self.clock, self.objective.method)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch: forward, vote, backward unless a rank saw a non-finite loss."""
+        """Forward and backward of a micro-batch, without a wait for the device: ranks vote once an update on what is finite."""
         self._enter("forward")
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -272,17 +274,12 @@ class SelfSupervisedTrainer(Trainer):
             out = model(inputs, keys, self.clock, weights=weights)
         total = out.pop("total") / self.args.gradient_accumulation_steps
         self.taken.append((indices, {name: value for name, value in out.items() if name.startswith("loss/")}))
-        bad = ~torch.isfinite(total.detach())
-        for name, value in out.items():
-            bad = bad | ~torch.isfinite(value) if name.startswith("loss") else bad
-        if float(all_max(bad.float())):  # the vote: all ranks go on, or none does
-            self.spoilt = True
-        if self.spoilt:
-            return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
+        for value in (total.detach(), *(value for name, value in out.items() if name.startswith("loss"))):
+            self.amiss = self.amiss | ~value.isfinite()
         self._enter("backward")
         self._backward(total)
         self.pending.append(out)
-        return total.detach()
+        return torch.zeros_like(total)  # the Trainer's own sum is not logged; see `log`
 
     def _backward(self, total: Tensor) -> None:
         """Under DeepSpeed the optimizer would step within accelerate's backward; here ranks vote on their gradients first."""
@@ -292,10 +289,11 @@ class SelfSupervisedTrainer(Trainer):
         last = self.accelerator.sync_gradients
         engine.set_gradient_accumulation_boundary(is_boundary=last)
         engine.backward(total, scale_wrt_gas=False)
-        if float(all_max(self.gradients.take(total.device))):
-            self.spoilt = True
-        elif last:
-            engine.step()
+        self.amiss = self.amiss | self.gradients.take(total.device)
+        if last:
+            self.spoilt = bool(all_max(self.amiss.float()))
+            if not self.spoilt:
+                engine.step()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The method's gradients only: labels reach the probe, and must not reach the encoder through a shared norm."""
@@ -310,9 +308,11 @@ class SelfSupervisedTrainer(Trainer):
             return super()._get_grad_norm(model, grad_norm)
         if grad_norm is None:
             grad_norm = self.accelerator.clip_grad_norm_(self.module_parameters, math.inf)
-        self.norm = float(grad_norm)
-        if self.spoilt or not math.isfinite(self.norm):
-            self.spoilt = True
+        found = torch.as_tensor(grad_norm, device=self.args.device).float()
+        amiss, norm = torch.stack([all_max(self.amiss.float()), found]).tolist()
+        self.norm = norm
+        self.spoilt = bool(amiss) or not math.isfinite(norm)
+        if self.spoilt:
             model.zero_grad(set_to_none=True)  # optimizers leave parameters without gradient alone
         if self.recipe.optim.clip_each:
             clip_each(self.module_parameters, self.recipe.optim.clip_each)
@@ -320,10 +320,14 @@ class SelfSupervisedTrainer(Trainer):
 
     def end_update(self, control: TrainerControl) -> None:
         """Teacher and other parts, if the update was applied; decide what happens next."""
-        lost = not self._weights_finite()
+        # A weight may be lost in the step itself, or be of use to few samples, so that no loss shows it.
+        whole = weights_finite(self.objective.method).to(self.args.device)
+        told = torch.tensor([float(self.stop_signal is not None), *self.quarantine.totals()], dtype=torch.float64)
+        mine = torch.cat([~whole[None], told.to(self.args.device, non_blocking=True)])
+        lost, stop, *counts = all_sum(mine).tolist()
         if lost or self.spoilt or self.accelerator.optimizer_step_was_skipped:
             self._leave_out()
-            if error := self._unbearable(lost):
+            if error := self._unbearable(bool(lost)):
                 return self._retreat(error, control)
         else:
             self.skips = 0
@@ -333,8 +337,6 @@ class SelfSupervisedTrainer(Trainer):
                     self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
             self.terms += len(self.pending)
             self.objective.method.after_step(self.clock)
-        mine = [float(self.stop_signal is not None), *self.quarantine.totals()]
-        stop, *counts = all_sum(torch.tensor(mine, device=self.args.device, dtype=torch.float64)).tolist()
         self.bad, self.seen = (int(now) + before for now, before in zip(counts, self.counted))
         if self.quarantine.over(self.bad, self.seen):
             raise DataError(self.quarantine.message(self.bad, self.seen))
@@ -349,10 +351,6 @@ class SelfSupervisedTrainer(Trainer):
         control.should_log = last or self.state.global_step % self.recipe.train.log_every == 0
 
     # What was not applied --------------------------------------------------------------------------------------------
-
-    def _weights_finite(self) -> bool:
-        """Of all ranks. A weight may be lost in the step itself, or be of use to few samples, so that no loss shows it."""
-        return not float(all_max(1 - weights_finite(self.objective.method).float()))
 
     def _leave_out(self) -> None:
         """Of an update that is not applied nothing stays but a record and its place in the order of samples."""

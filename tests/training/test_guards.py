@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmssl.cli import main
 from mmssl.config import Recipe
@@ -117,6 +118,35 @@ def test_t12_nothing_of_a_skipped_update_stays(setting, method, what, micro, tmp
     assert lines[BAD]["loss"] is None
     state = checkpoint.load(checkpoint.newest(tmp_path / "run/checkpoints"))[1]
     assert (state["step"], state["applied"], state["skipped"]) == (6, 5, [BAD])
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which a host waits where that lies on a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_micro_batch_does_not_wait_for_the_device(setting, method):
+    run = prepare(setting(method))
+    training_step, counts = run.trainer.training_step, []
+
+    def counted(*given):
+        with Reads() as reads:
+            loss = training_step(*given)
+        counts.append(reads.count)
+        return loss
+
+    run.trainer.training_step = counted
+    run.train()
+    assert counts == [0] * 12
+    with Reads() as reads:
+        float(torch.ones(()))
+    assert reads.count == 1
 
 
 def test_t12_a_weight_that_is_lost_is_found_at_that_update(setting, tmp_path):
