@@ -59,10 +59,10 @@ class Mask(NamedTuple):
         everywhere = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape)
         return cls(hidden, everywhere, everywhere)
 
-    def complement(self, pad: Tensor | None = None) -> Mask:
-        """The mask that hides what this one shows. pad: (B, L) bool, True = padding."""
-        waste = False if pad is None else pad.repeat_interleave(self.hidden.shape[0] // pad.shape[0], 0)
-        return Mask.of(~self.hidden & ~torch.as_tensor(waste, device=self.hidden.device), pad)
+    def complement(self) -> Mask:
+        """The mask that hides what this one shows, where nothing is padding. It asks the device nothing."""
+        rest = self.rest
+        return Mask(~self.hidden, rest, torch.cat([rest, self.keep], dim=1).argsort(dim=1))
 
     @property
     def rest(self) -> Tensor:

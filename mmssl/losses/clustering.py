@@ -39,10 +39,10 @@ def sinkhorn(scores: Tensor, eps: float = 0.05, iterations: int = 3, group: Proc
     codes = torch.add(all_max(scores.amax(0), group) * -scale, scores, alpha=scale)
     lag = codes.amax(1)
     codes.sub_(lag[:, None]).exp_()
-    samples, prototypes = lag.exp(), lag
+    samples, prototypes, least = lag.exp(), lag, torch.finfo(lag.dtype).tiny ** 0.8
     for _ in range(iterations):  # factors of rows and columns, so that the matrix is only read
         mass = all_sum(samples @ codes, group)
-        prototypes = mass.amin() / mass  # at most 1, or factors would grow by the ratio of samples to prototypes each time
+        prototypes = (mass.amin() / mass).clamp_(min=least)  # at most 1, or factors would grow with samples over prototypes
         samples = (codes @ prototypes).reciprocal()
     return codes.mul_(prototypes).mul_(samples[:, None])
 

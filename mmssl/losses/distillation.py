@@ -27,7 +27,7 @@ def predict_others(targets: Mapping[int, Tensor], logits: Sequence[Tensor], scal
         raise ValueError(f"views: {len(logits)}, there must be another crop to predict a target from")
     total = logits[0].new_zeros((), dtype=at_least_fp32(logits[0]).dtype)
     for crop, scores in enumerate(logits):
-        wanted = [target.detach() for other, target in targets.items() if other != crop]
+        wanted = [at_least_fp32(target.detach()) for other, target in targets.items() if other != crop]
         if wanted:  # one product for all targets of a crop, since the entropy is linear in them
             total = total + _CrossEntropy.apply(at_least_fp32(scores), reduce(torch.add, wanted), scale)
     return total / pairs

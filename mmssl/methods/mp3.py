@@ -60,9 +60,9 @@ class MP3(Method):
         length = features.shape[1]
         longest = max(length, self.student.encoder.features.length)
         noise = random.uniform(batch.keys, (longest,), features.device)[:, :length]
-        valid = torch.tensor(length) if view.pad is None else (~view.pad).sum(1, keepdim=True)
+        valid = (~view.pad).sum(1, keepdim=True) if view.pad is not None else torch.full((), length, device=noise.device)
         noise = noise if view.pad is None else noise.masked_fill(view.pad, torch.inf)
-        count = (valid * (1 - self.ratio)).floor().clamp(min=1).to(noise.device)
+        count = (valid * (1 - self.ratio)).floor().clamp(min=1)
         return noise.argsort(1).argsort(1) < count
 
     def terms(self, batch: Batch) -> Tensor | None:

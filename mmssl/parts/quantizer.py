@@ -61,7 +61,8 @@ class GumbelQuantizer(nn.Module):
         soft = noisy.softmax(-1)
         picked = hard + (soft - soft.detach()) if self.training else hard  # in this order exactly one-hot
         vectors = torch.einsum("...gv,gvd->...gd", picked, self.entries.to(picked.dtype)).flatten(-2)
-        ids = codes.squeeze(-1) @ codes.new_tensor([self.count**g for g in range(self.groups)])
+        places = self.count ** torch.arange(self.groups, device=codes.device)
+        ids = (codes.squeeze(-1) * places).sum(-1)  # CUDA has no products of integer matrices
         return Quantized(vectors, ids, hard, logits.softmax(-1))
 
 

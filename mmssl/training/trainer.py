@@ -259,6 +259,10 @@ class SelfSupervisedTrainer(Trainer):
         self.objective.method.before_step(self.clock)
         set_rates(self.optimizer, self.lr, self.clock, self.objective.method)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device: what is pinned goes there while the host goes on."""
+        return super()._prepare_input(data.to(self.args.device, non_blocking=True) if isinstance(data, Tensor) else data)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, without a wait for the device: ranks vote once an update on what is finite."""
         self._enter("forward")

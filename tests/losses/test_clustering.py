@@ -66,6 +66,14 @@ def test_many_iterations_do_not_run_away_with_the_ratio_of_samples_to_prototypes
     assert_close(sinkhorn(scores.float(), iterations=200).double(), logs.exp(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("eps", [0.01, 0.001])
+def test_codes_stay_finite_where_no_factors_can_balance_them(eps):
+    """127 samples want one prototype, and what the other gets of them is 0 in fp32."""
+    scores = torch.tensor([[1.0, -1.0]] * 127 + [[-1.0, 1.0]])
+    for iterations in (3, 20, 200):
+        assert_close(sinkhorn(scores, eps, iterations).sum(1), torch.ones(128))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_codes_from_half_precision_are_refused(dtype):
     with pytest.raises(ValueError, match=rf"^scores: {dtype}, .*pass scores\.float\(\)"):
