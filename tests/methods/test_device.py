@@ -95,14 +95,14 @@ def ready(recipe):
     else:
         method.on_epoch(CLOCK, None)
     made = [views(one, lambda view, i=i: generator("device", i, view)) for i, one in enumerate(samples)]
-    batch = Batch(views.finish(views.collate(made)), torch.arange(SAMPLES), tuple(range(SAMPLES)))
-    return Objective(method.train()), batch
+    batch = Batch(views.collate(made), torch.arange(SAMPLES), tuple(range(SAMPLES)))
+    return Objective(method.train(), finish=views.finish), batch
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RECIPES + [f"vision/{name}-cifar10-cpu views.on_device=true" for name in ("simclr", "dino")])
 def test_no_method_waits_for_the_device(name, monkeypatch):
-    objective, batch = ready(Recipe.load(name, "data.path=x"))
+    objective, batch = ready(Recipe.load(*name.split(), "data.path=x"))
     mode, waits = FakeTensorMode(allow_non_fake_inputs=True), Waits()
     pretending(objective, mode)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu", made=torch.Generator: made("cpu"))
